@@ -1,0 +1,1 @@
+"""Training. Installed as ``modelscope_cnclip.trainers``; empty until the two-stage trainer is here."""
