@@ -143,11 +143,13 @@ def _encode(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         on_error=args.on_error,
     )
-    result = asdict(summary) | {"skipped": summary.skipped + len(bad), "seconds": round(time.perf_counter() - start, 3)}
-    told = f"{result['rows']} {kind if summary.rows != 1 else kind[:-1]} -> {summary.vectors} ({result['rows']} × {summary.dim}) and {summary.manifest}"
-    _tell(args, result, told + (f"; {result['skipped']} skipped" if result["skipped"] else ""))
+    skipped = summary.skipped + len(bad)
+    result = asdict(summary) | {"skipped": skipped, "seconds": round(time.perf_counter() - start, 3)}
+    rows = f"{summary.rows} {kind if summary.rows != 1 else kind[:-1]}"
+    told = f"{rows} -> {summary.vectors} ({summary.rows} × {summary.dim}) and {summary.manifest}"
+    _tell(args, result, f"{told}; {skipped} skipped" if skipped else told)
     if not summary.rows:
-        print(f"cnclip: nothing was embedded: {result['skipped']} of {result['skipped']} items failed", file=sys.stderr)
+        print(f"cnclip: nothing was embedded: {skipped} of {skipped} items failed", file=sys.stderr)
         return 1
     return 0
 

@@ -1,0 +1,100 @@
+"""Tiny models in every layout, real pictures, and a loopback Hub that the genuine client talks to."""
+
+from __future__ import annotations
+
+import os
+
+# The client reads these once, when it is first imported.
+os.environ.setdefault("MODELSCOPE_API_MAX_RETRIES", "1")
+os.environ.setdefault("MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS", "1")
+
+from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from modelscope_cnclip import checkpoint, layouts  # noqa: E402
+from modelscope_cnclip.encoder import Encoder  # noqa: E402
+from modelscope_cnclip.towers import ChineseCLIP, TowerConfig  # noqa: E402
+
+from .loopback_hub import LoopbackHub  # noqa: E402
+
+PICTURES = Path(__file__).parent.parent / "examples" / "pictures"
+
+TEXT = {
+    "vocab_size": 21128,
+    "text_hidden_size": 64,
+    "text_intermediate_size": 128,
+    "text_num_attention_heads": 1,
+    "text_num_hidden_layers": 2,
+}
+VIT = TowerConfig(embed_dim=32, image_resolution=64, vision_layers=2, vision_width=128, vision_patch_size=16, **TEXT)
+RESNET = TowerConfig(embed_dim=32, image_resolution=64, vision_layers=(1, 1, 1, 1), vision_width=16, **TEXT)
+TIMM = TowerConfig(embed_dim=32, image_resolution=64, vision_timm="test_efficientnet", **TEXT)
+CONFIGS = {"vit": VIT, "resnet": RESNET, "timm": TIMM}
+
+
+def make_model(config: TowerConfig, seed: int = 0) -> ChineseCLIP:
+    """Random weights that depend on the seed alone; every bias and norm is moved off its initial 0 or 1."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ChineseCLIP(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.02)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def make_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """``make_folder("vit", "modelscope")`` -> a checkpoint of that tower in that layout; made once per session."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(tower: str = "vit", layout: str = "modelscope") -> Path:
+        if (tower, layout) not in made:
+            target = tmp_path_factory.mktemp(f"{tower}-{layout}")
+            if layout == "cn_clip":
+                target /= "model.pt"
+            written = checkpoint.Checkpoint.of(make_model(CONFIGS[tower]), layouts.default_vocab())
+            made[tower, layout] = checkpoint.write(written, target, layout)
+        return made[tower, layout]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_folder(make_folder: Callable[..., Path]) -> Path:
+    """A tiny ViT checkpoint in ModelScope's layout. Don't write into it."""
+    return make_folder()
+
+
+@pytest.fixture(scope="session")
+def encoder(model_folder: Path) -> Encoder:
+    """A tiny fp32 Encoder on the CPU."""
+    return Encoder.from_pretrained(model_folder, precision="fp32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[Path]:
+    """The twelve real pictures of ``examples/pictures``."""
+    return sorted(PICTURES.glob("*.png"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """An empty Hub on loopback; the genuine client uses it, with an empty cache, for the length of the test."""
+    from modelscope.utils.automodel_utils import _is_model_from_trusted_source
+    from modelscope_hub.config import set_default_config
+
+    with LoopbackHub() as server:
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "home"))
+        set_default_config(None)
+        _is_model_from_trusted_source.cache_clear()
+        yield server
+    monkeypatch.undo()
+    set_default_config(None)
+    _is_model_from_trusted_source.cache_clear()
