@@ -8,17 +8,17 @@ import os
 os.environ.setdefault("MODELSCOPE_API_MAX_RETRIES", "1")
 os.environ.setdefault("MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS", "1")
 
-from collections.abc import Callable, Iterator  # noqa: E402
-from pathlib import Path  # noqa: E402
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from modelscope_cnclip import checkpoint, layouts  # noqa: E402
-from modelscope_cnclip.encoder import Encoder  # noqa: E402
-from modelscope_cnclip.towers import ChineseCLIP, TowerConfig  # noqa: E402
+from modelscope_cnclip import checkpoint, layouts
+from modelscope_cnclip.encoder import Encoder
+from modelscope_cnclip.towers import ChineseCLIP, TowerConfig
 
-from .loopback_hub import LoopbackHub  # noqa: E402
+from .loopback_hub import LoopbackHub
 
 PICTURES = Path(__file__).parent.parent / "examples" / "pictures"
 
