@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from . import checkpoint
@@ -228,12 +229,11 @@ def _transform_of(config: TowerConfig, exif: bool = False) -> ImageTransform:
 
 
 def _items(items: Any) -> Iterable[Any]:
-    """A list stays as it is, so that its length is known; one picture or text becomes a list; None is no list."""
+    """One picture or text becomes a list; any other iterable stays as it is and is read as it goes."""
     if items is None:
         raise TypeError("expected pictures or texts, got None")
-    if isinstance(items, (list, tuple)) or (hasattr(items, "__next__") and not isinstance(items, (str, bytes))):
-        return items
-    return as_list(items)
+    one = isinstance(items, (str, bytes, bytearray, memoryview, Image.Image, np.ndarray))
+    return items if isinstance(items, Iterable) and not one else as_list(items)
 
 
 def _checked(text: Any) -> str | Exception:

@@ -122,12 +122,13 @@ def from_transformers(state: State) -> State:
 
 def _convert(state: State, source: int, target: int) -> State:
     """Rename and reshape; a name that no row knows is kept, for the loader to report."""
+    resnet = any(key.startswith(("visual.layer1.", "visual.stem.")) for key in state)
     out: State = {}
     for key in list(state):
         tensor = state.pop(key)
         if _BUFFERS.fullmatch(key):
             continue
-        name = _rename(key, source, target) or key
+        name = _rename(key, _rules(source, target, resnet)) or key
         cn_clip_name = name if target == CN_CLIP else key
         direction, other = (1, source) if target == CN_CLIP else (0, target)
         if change := _RESHAPED[other].get(cn_clip_name):
@@ -136,17 +137,18 @@ def _convert(state: State, source: int, target: int) -> State:
     return out
 
 
-def _rename(key: str, source: int, target: int) -> str | None:
-    for pattern, template in _rules(source, target):
+def _rename(key: str, rules: list[tuple[re.Pattern, str]]) -> str | None:
+    for pattern, template in rules:
         if match := pattern.fullmatch(key):
             return template.format(**match.groupdict())
     return None
 
 
 @cache
-def _rules(source: int, target: int) -> list[tuple[re.Pattern, str]]:
-    rows = [row for row in (*_VIT, *_RESNET, *_OTHER, *_TEXT) if row[source] and row[target]]
-    return [(_pattern(row[source]), row[target]) for row in rows]
+def _rules(source: int, target: int, resnet: bool) -> list[tuple[re.Pattern, str]]:
+    """The rows of one kind of image tower: both kinds have a ``visual.conv1.weight``, and it isn't the same."""
+    rows = (*(_RESNET if resnet else _VIT), *_OTHER, *_TEXT)
+    return [(_pattern(row[source]), row[target]) for row in rows if row[source] and row[target]]
 
 
 def _pattern(template: str) -> re.Pattern:

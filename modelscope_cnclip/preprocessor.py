@@ -305,7 +305,7 @@ def tokenizer_of(config: TowerConfig, vocab: Path | None, where: Any, context_le
 def as_list(value: Any) -> list[Any]:
     """One picture or text, or several of them -> a list. A str, bytes or an array of up to 3 dimensions is one."""
     if isinstance(value, np.ndarray):
-        return list(value) if value.ndim == 4 else [value]
+        return list(value) if value.ndim == 4 or value.dtype.kind in "OU" else [value]
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes, bytearray, memoryview, Image.Image)):
         return list(value)
     return [value]
