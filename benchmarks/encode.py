@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--size", default="vit-b-16", choices=UPSTREAM)
     parser.add_argument("--load", choices=UPSTREAM, help="measure only the loading of this size")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--texts", type=int, default=512)
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--texts", type=int, default=256)
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     args = parser.parse_args()
 
