@@ -1,7 +1,7 @@
 """Image and text embedding beside cn_clip and transformers, loading time and memory: one run, one table.
 
     pip install -e '.[test]' && pip install --no-deps cn_clip==1.6.0
-    python -m benchmarks.encode                       # ViT-B/16; about 6 minutes on 2 cores
+    python -m benchmarks.encode                       # ViT-B/16; about 8 minutes on 2 cores
     python -m benchmarks.encode --load vit-h-14       # only loading: time and peak memory against the file's size
 
 All sides have the same random weights and inputs, take turns in one process, and are timed from PIL pictures or
@@ -174,7 +174,9 @@ def contestants(files: dict[str, Path], size: str) -> dict[str, Side]:
 
 def transformers_side(folder: Path) -> Side:
     from transformers import ChineseCLIPModel, ChineseCLIPProcessor
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model, processor = ChineseCLIPModel.from_pretrained(folder).eval(), ChineseCLIPProcessor.from_pretrained(folder)
 
     @torch.no_grad()

@@ -85,8 +85,11 @@ def encode_to(
 
 
 def _row(row: int, record: Record, kind: Kind) -> dict[str, Any]:
-    values = {"row": row, "id": str(record.id), "source": record.source}
-    return values | {"text": record.value} if kind == "texts" else values
+    values = {"id": str(record.id), "source": record.source}
+    if kind == "texts":
+        values["text"] = record.value
+    # File names that aren't UTF-8, and halves of surrogate pairs in JSON, have no place in either format.
+    return {"row": row} | {key: text.encode(errors="backslashreplace").decode() for key, text in values.items()}
 
 
 class _File:

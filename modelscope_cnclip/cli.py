@@ -106,14 +106,19 @@ def _run(args: argparse.Namespace) -> int:
     try:
         return args.verb(args)
     except (CheckpointError, DataError, HubError, ImageError, VocabularyError, ValueError) as error:
-        print(f"cnclip: {error}", file=sys.stderr)
+        print(f"cnclip: {_one_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"cnclip: {error}", file=sys.stderr)
+        print(f"cnclip: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("cnclip: interrupted", file=sys.stderr)
         return 130
+
+
+def _one_line(error: Exception) -> str:
+    """The Hub client's errors have several."""
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
 
 
 def _encode(args: argparse.Namespace) -> int:

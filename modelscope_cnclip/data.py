@@ -11,11 +11,13 @@ import binascii
 import glob
 import json
 import os
+import re
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, BinaryIO, Literal
 
 from .images import IMAGE_SUFFIXES, ImageSource, is_address
 
@@ -56,15 +58,14 @@ def guess_kind(inputs: Iterable[str]) -> Kind:
         suffix = Path(item).suffix.lower()
         if suffix == ".txt":
             return "texts"
-        if suffix == ".jsonl" and Path(item).is_file():
-            with _open(item) as lines:
-                head = next(lines, "")
+        if suffix == ".jsonl" and stat.S_ISREG(_mode(item)):
+            _, head = next(_lines(item, fail), (0, ""))
             return "images" if '"image"' in head else "texts"
         if (
             suffix == ".tsv"
             or suffix in IMAGE_SUFFIXES
             or is_address(item)
-            or Path(item).is_dir()
+            or stat.S_ISDIR(_mode(item))
             or glob.has_magic(item)
         ):
             return "images"
@@ -85,9 +86,9 @@ def image_records(inputs: Iterable[str], on_bad: Callable[[DataError], None] = f
         if is_address(item):
             yield Record(item, item, item)
         elif item == "-":
-            for number, line in _lines("-"):
+            for number, line in _lines("-", on_bad):
                 yield Record(line, line, f"<stdin>:{number}")
-        elif Path(item).is_dir():
+        elif stat.S_ISDIR(_mode(item)):
             for path in _walk(item):
                 yield Record(path, path, path)
         elif suffix == ".tsv":
@@ -100,9 +101,9 @@ def image_records(inputs: Iterable[str], on_bad: Callable[[DataError], None] = f
                     continue
                 yield Record(values.get("image_id", image), _beside(item, image), f"{item}:{number}")
         elif suffix == ".txt":
-            for number, line in _lines(item):
+            for number, line in _lines(item, on_bad):
                 yield Record(line, _beside(item, line), f"{item}:{number}")
-        elif glob.has_magic(item) and not Path(item).exists():
+        elif glob.has_magic(item) and not _mode(item):
             found = sorted(glob.glob(item, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
             if not found:
                 on_bad(DataError(f"{item}: matches no file"))
@@ -131,19 +132,19 @@ def text_records(inputs: Iterable[str], on_bad: Callable[[DataError], None] = fa
                     continue
                 yield Record(values.get("text_id", number), text, f"{item}:{number}")
         elif suffix == ".tsv":
-            for number, line in _lines(item):
+            for number, line in _lines(item, on_bad):
                 key, tab, text = line.partition("\t")
                 if not tab:
                     on_bad(DataError(f"{item}:{number}: expected ID, a tab and a text"))
                     continue
                 yield Record(_number(key), text, f"{item}:{number}")
         else:
-            for number, line in _lines(item):
+            for number, line in _lines(item, on_bad):
                 yield Record(number, line, f"{'<stdin>' if item == '-' else item}:{number}")
 
 
 def _tsv_images(file: str, on_bad: Callable[[DataError], None]) -> Iterator[Record]:
-    for number, line in _lines(file):
+    for number, line in _lines(file, on_bad):
         key, tab, body = line.partition("\t")
         try:
             if not tab:
@@ -157,7 +158,7 @@ def _tsv_images(file: str, on_bad: Callable[[DataError], None]) -> Iterator[Reco
 
 
 def _json_lines(file: str, on_bad: Callable[[DataError], None]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in _lines(file):
+    for number, line in _lines(file, on_bad):
         try:
             values = json.loads(line)
             if not isinstance(values, dict):
@@ -168,26 +169,35 @@ def _json_lines(file: str, on_bad: Callable[[DataError], None]) -> Iterator[tupl
         yield number, values
 
 
-def _lines(file: str) -> Iterator[tuple[int, str]]:
+def _lines(file: str, on_bad: Callable[[DataError], None]) -> Iterator[tuple[int, str]]:
     """(number from 1, line without its end) of every line that isn't empty."""
     with _open(file) as lines:
-        number = 0
-        try:
-            for number, line in enumerate(lines, 1):
-                line = line.rstrip("\r\n")
-                if line:
-                    yield number, line
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}:{number + 1}: not UTF-8 ({error.reason})") from None
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                on_bad(DataError(f"{'<stdin>' if file == '-' else file}:{number}: not UTF-8 ({error.reason})"))
+                continue
+            if text:
+                yield number, text
 
 
-def _open(file: str) -> TextIO:
+def _open(file: str) -> BinaryIO:
+    """Bytes, since a text file decodes far ahead of the line that it gives."""
     if file == "-":
-        return open(sys.stdin.fileno(), encoding="utf-8", closefd=False)
+        return open(sys.stdin.fileno(), "rb", closefd=False)
     try:
-        return Path(file).open(encoding="utf-8-sig", newline="\n")
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from None
+        return Path(file).open("rb")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _mode(path: str) -> int:
+    """``st_mode``, or 0 where there is no file; a text may be too long for a name."""
+    try:
+        return Path(path).stat().st_mode
+    except (OSError, ValueError):
+        return 0
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -203,4 +213,5 @@ def _beside(file: str, path: str) -> str:
 
 
 def _number(key: str) -> str | int:
-    return int(key) if key.isdecimal() else key
+    """An int where nothing of the key is lost: ``007`` stays as it is."""
+    return int(key) if re.fullmatch("0|[1-9][0-9]{0,17}", key) else key

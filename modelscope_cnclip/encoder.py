@@ -16,9 +16,11 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -38,6 +40,10 @@ OnError = Literal["raise", "skip"]
 
 _TEXTS_AT_ONCE = 64  # batches of texts that are sorted by length together
 _IMAGES_AHEAD = 2  # batches of pictures decoded before the model asks for them
+
+# Pillow reads the file of an open picture when the pixels are first asked for. Two threads that ask at once, because
+# the picture is in a list twice, break it; a lock per picture, or nearly.
+_OPENED = tuple(Lock() for _ in range(64))
 
 
 class ItemError(ValueError):
@@ -184,9 +190,11 @@ class Encoder:
         """:meth:`encode_image` piece by piece: (positions (n,) int64, vectors (n, D)), for more than memory holds."""
         images = _items(images)
         check = _Errors(on_error)
-        with _progress(images, batch_size, show_progress, "images") as bar:
-            decoded = check.good(_ahead(self.transform.to_uint8, images, _IMAGES_AHEAD * batch_size))
-            for batch in _batches(decoded, batch_size):
+        with (
+            _progress(images, batch_size, show_progress, "images") as bar,
+            closing(_ahead(self._decode, images, _IMAGES_AHEAD * batch_size)) as decoded,
+        ):
+            for batch in _batches(check.good(decoded), batch_size):
                 vectors = self.backend.image(np.stack([pixels for _, pixels in batch]))
                 bar.update(len(batch))
                 yield np.array([index for index, _ in batch]), vectors
@@ -212,6 +220,12 @@ class Encoder:
                     vectors[rows] = self.backend.text(pad([ids[row] for row in rows]))
                     bar.update(len(rows))
                 yield np.array([index for index, _ in window]), vectors
+
+    def _decode(self, image: ImageSource) -> np.ndarray:
+        if not isinstance(image, Image.Image):
+            return self.transform.to_uint8(image)
+        with _OPENED[id(image) // 64 % len(_OPENED)]:
+            return self.transform.to_uint8(image)
 
     def _result(self, parts: list[np.ndarray], kept: list[np.ndarray], on_error: OnError) -> Any:
         vectors = np.concatenate(parts) if parts else np.empty((0, self.embed_dim), dtype=np.float32)
@@ -268,7 +282,7 @@ class _Errors:
 
 def _ahead(
     work: Callable[[Item], Any], items: Iterable[Item], lead: int
-) -> Iterator[tuple[int, Item, Any | Exception]]:
+) -> Generator[tuple[int, Item, Any | Exception], None, None]:
     """(position, item, result or exception) in order, with up to ``lead`` items worked on in threads beforehand."""
     waiting: deque[tuple[int, Item, Future]] = deque()
     with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) + 1), thread_name_prefix="decode") as pool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 logger = logging.getLogger("modelscope_cnclip")
 
-_HUB_ID = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # ./x and ../x are paths
 _SMALL = (".json", ".txt", ".md")
 
 
@@ -33,9 +33,12 @@ def locate(model: str | Path, *, revision: str | None = None) -> Path:
     Raises:
         HubError: no such file, folder or Hub id, or the Hub can't be reached and the cache hasn't got it.
     """
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(model).expanduser()
+        if str(model) and path.exists():
+            return path
+    except (OSError, RuntimeError) as error:  # longer than a name can be, not readable, or ~someone who isn't there
+        raise HubError(f"{model}: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(model, str) or not _HUB_ID.fullmatch(model) or model.endswith(".pt"):
         raise HubError(f"{model}: no such file or folder, and no Hub id either (those look like ORG/NAME)")
     return _download(model, revision)

@@ -19,7 +19,7 @@ from . import oss
 
 ImageSource: TypeAlias = str | os.PathLike | bytes | bytearray | memoryview | np.ndarray | Image.Image
 
-MAX_BYTES = 100 * 2**20  # of one downloaded or in-memory file
+MAX_BYTES = 100 * 2**20  # of one downloaded file
 TIMEOUT = (10, 30)  # seconds: to connect, and between two chunks of an answer
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -56,8 +56,8 @@ def open_image(source: ImageSource, *, exif: bool = False) -> Image.Image:
             raise ImageError(f"{name}: not a picture ({_looks_like(data)})") from None
         except Image.DecompressionBombError as error:
             raise ImageError(f"{name}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust it.") from None
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ImageError(f"{name}: can't be read as a picture: {error}") from error
+        except Exception as error:  # damaged files make Pillow's readers raise nearly anything
+            raise ImageError(f"{name}: can't be read as a picture: {error or type(error).__name__}") from error
         return _decode(image, name, exif)
 
 
@@ -84,8 +84,8 @@ def _decode(image: Image.Image, name: str, exif: bool) -> Image.Image:
         return ImageOps.exif_transpose(image) if exif else image
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: {error}") from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
-        raise ImageError(f"{name}: damaged picture: {error}") from error
+    except Exception as error:  # as above: AVIF raises RuntimeError, others AttributeError, KeyError …
+        raise ImageError(f"{name}: damaged picture: {error or type(error).__name__}") from error
 
 
 def is_address(text: str) -> bool:
@@ -111,26 +111,26 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def _fetch(source: Any) -> io.BufferedIOBase:
     """An open, seekable binary file for everything that isn't decoded yet."""
     if isinstance(source, (bytes, bytearray, memoryview)):
-        if not len(source):
+        data = bytes(source)  # BytesIO refuses a memoryview with gaps
+        if not data:
             raise ImageError("<0 bytes>: empty")
-        return io.BytesIO(source)
+        return io.BytesIO(data)
     if isinstance(source, str) and is_address(source):
         return io.BytesIO(_download(source))
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError(
             f"{describe(source)}: expected a path, URL, bytes, PIL image or uint8 array, got {type(source).__name__}"
         )
-    path = Path(source)
+    path, name = Path(os.fsdecode(source)), describe(source)
     try:
-        if path.is_dir():
-            raise ImageError(f"{path}: is a folder, not a picture")
-        if path.stat().st_size == 0:
-            raise ImageError(f"{path}: empty file")
-        return path.open("rb")
+        folder, size = path.is_dir(), path.stat().st_size
+        if not folder and size:
+            return path.open("rb")
     except FileNotFoundError:
-        raise ImageError(f"{path}: no such file") from None
+        raise ImageError(f"{name}: no such file") from None
     except (OSError, ValueError) as error:
-        raise ImageError(f"{describe(source)}: {getattr(error, 'strerror', None) or error}") from error
+        raise ImageError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+    raise ImageError(f"{name}: is a folder, not a picture" if folder else f"{name}: empty file")
 
 
 def _download(address: str) -> bytes:
@@ -155,7 +155,9 @@ def _download(address: str) -> bytes:
                 data += chunk
                 if len(data) > MAX_BYTES:
                     raise ImageError(f"{address}: larger than {MAX_BYTES // 2**20} MiB")
-    except requests.RequestException as error:
+    except ImageError:
+        raise
+    except (requests.RequestException, ValueError) as error:  # urllib3's LocationParseError comes through as it is
         raise ImageError(f"{address}: can't be fetched: {_first_cause(error)}") from error
     if not data:
         raise ImageError(f"{address}: the server sent nothing")
@@ -164,15 +166,17 @@ def _download(address: str) -> bytes:
 
 def _data_uri(address: str) -> bytes:
     import base64
-    import binascii
 
     head, comma, body = address.partition(",")
     if not comma or not head.endswith(";base64"):
         raise ImageError(f"{describe(address)}: only data URIs of the form data:image/…;base64,… are read")
     try:
-        return base64.b64decode(body, validate=True)
-    except binascii.Error as error:
+        data = base64.b64decode(body, validate=True)
+    except ValueError as error:
         raise ImageError(f"{describe(address)}: {error}") from None
+    if not data:
+        raise ImageError(f"{describe(address)}: empty")
+    return data
 
 
 def _first_cause(error: BaseException) -> str:
@@ -188,10 +192,10 @@ def _first_cause(error: BaseException) -> str:
 
 def _looks_like(data: io.BufferedIOBase) -> str:
     data.seek(0)
-    head = data.read(64)
+    head = data.read(64).removeprefix(b"\xef\xbb\xbf")
     if head.lstrip()[:1] == b"<":
         return "it is HTML, XML or SVG"
-    try:
-        return f"it is text that starts with {head[:24].decode('ascii')!r}"
-    except UnicodeDecodeError:
-        return f"it starts with {head[:8].hex(' ')}"
+    start = head[:24].decode("latin-1")
+    if start.isascii() and all(char.isprintable() or char.isspace() for char in start):
+        return f"it is text that starts with {start!r}"
+    return f"it starts with {head[:8].hex(' ')}"

@@ -292,7 +292,7 @@ def tokenizer_of(config: TowerConfig, vocab: Path | None, where: Any, context_le
     """
     if vocab is None:
         raise VocabularyError(f"{where}: no {layouts.VOCAB} there; every text needs it")
-    tokenizer = Tokenizer(vocab, context_length or config.context_length)
+    tokenizer = Tokenizer(vocab, config.context_length if context_length is None else context_length)
     if not 3 <= tokenizer.context_length <= config.text_max_position_embeddings:
         raise ValueError(
             f"context_length {tokenizer.context_length}: this model takes 3 to {config.text_max_position_embeddings}"

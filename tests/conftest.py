@@ -7,6 +7,9 @@ import os
 # The client reads these once, when it is first imported.
 os.environ.setdefault("MODELSCOPE_API_MAX_RETRIES", "1")
 os.environ.setdefault("MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS", "1")
+# Read when torch is imported. OpenMP's threads spin while they wait for one another, and where other programs have the
+# cores, each layer of a tiny model then takes milliseconds: a text of 1 ms took 160.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
