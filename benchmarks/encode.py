@@ -1,7 +1,7 @@
 """Image and text embedding beside cn_clip and transformers, loading time and memory: one run, one table.
 
     pip install -e '.[test]' && pip install --no-deps cn_clip==1.6.0
-    python -m benchmarks.encode                       # ViT-B/16; about 8 minutes on 2 cores
+    python -m benchmarks.encode                       # ViT-B/16; about 5 minutes on 2 cores
     python -m benchmarks.encode --load vit-h-14       # only loading: time and peak memory against the file's size
 
 All sides have the same random weights and inputs, take turns in one process, and are timed from PIL pictures or
@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--size", default="vit-b-16", choices=UPSTREAM)
     parser.add_argument("--load", choices=UPSTREAM, help="measure only the loading of this size")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--texts", type=int, default=256)
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--texts", type=int, default=128)
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     args = parser.parse_args()
 
@@ -107,7 +107,7 @@ def speed(files: dict[str, Path], size: str, rounds: int, n_images: int, n_texts
     sides = contestants(files, size)
     lengths = [len(ids) for ids in sides["ours fp32"][2].tokenizer(captions)]
     print(
-        f"{n_images} pictures of 640×480 in batches of 32; {n_texts} captions in batches of 256, "
+        f"{n_images} pictures of 640×480; {n_texts} captions, "
         f"{min(lengths)}–{max(lengths)} tokens, median {statistics.median(lengths):g}; median of {rounds} rounds\n"
     )
     seconds: dict[str, dict[str, list[float]]] = {name: {"images": [], "texts": []} for name in sides}

@@ -66,7 +66,7 @@ class TorchBackend:
 
     @torch.inference_mode()
     def text(self, ids: Tensor) -> np.ndarray:
-        rows = max(1, _CPU_TOKENS // ids.shape[1]) if self.device == "cpu" else len(ids)
+        rows = max(1, _CPU_TOKENS // ids.shape[1]) if torch.device(self.device).type == "cpu" else len(ids)
         return np.concatenate([_unit(self.model.encode_text(part.to(self.device))) for part in ids.split(rows)])
 
 
@@ -101,7 +101,7 @@ def pick_precision(precision: str, device: str) -> str:
     if precision == "auto":
         if device.startswith("cuda"):
             return "fp16"
-        return "bf16" if device == "cpu" and cpu_has_bf16() else "fp32"
+        return "bf16" if torch.device(device).type == "cpu" and cpu_has_bf16() else "fp32"
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}: there are auto, {', '.join(PRECISIONS)}")
     return precision
