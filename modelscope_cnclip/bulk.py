@@ -14,6 +14,8 @@ import numpy as np
 from .data import Kind, Record
 from .encoder import Encoder, OnError
 
+_ROW_GROUP = 2**14  # rows of a manifest that are written together
+
 ManifestFormat = Literal["parquet", "jsonl"]
 
 
@@ -156,13 +158,22 @@ class _Parquet(_File):
         columns = [("row", pa.int64()), ("id", pa.string()), ("source", pa.string())]
         self.schema = pa.schema([*columns, ("text", pa.string())] if kind == "texts" else columns)
         self.table = pa.Table
+        self.waiting: list[dict[str, Any]] = []
         self.writer = pq.ParquetWriter(self.temporary, self.schema)
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        self.writer.write_table(self.table.from_pylist(rows, schema=self.schema))
+        self.waiting += rows
+        if len(self.waiting) >= _ROW_GROUP:
+            self._write()
 
     def close(self) -> None:
+        if self.waiting:
+            self._write()
         self.writer.close()
+
+    def _write(self) -> None:
+        self.writer.write_table(self.table.from_pylist(self.waiting, schema=self.schema))
+        self.waiting = []
 
 
 _MANIFESTS: dict[str, Callable[[Path, Kind], Any]] = {"parquet": _Parquet, "jsonl": _JsonLines}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -51,7 +52,7 @@ def open_image(source: ImageSource, *, exif: bool = False) -> Image.Image:
     name = describe(source)
     with _fetch(source) as data:
         try:
-            image = Image.open(data)
+            image = Image.open(data, formats=_formats())
         except UnidentifiedImageError:
             raise ImageError(f"{name}: not a picture ({_looks_like(data)})") from None
         except Image.DecompressionBombError as error:
@@ -86,6 +87,13 @@ def _decode(image: Image.Image, name: str, exif: bool) -> Image.Image:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # as above: AVIF raises RuntimeError, others AttributeError, KeyError …
         raise ImageError(f"{name}: damaged picture: {error or type(error).__name__}") from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Everything that Pillow itself decodes. EPS it hands to Ghostscript, which runs the file's own program."""
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - {"EPS"}))
 
 
 def is_address(text: str) -> bool:

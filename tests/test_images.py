@@ -569,3 +569,8 @@ def test_damaged_files_open_or_are_refused(
 def test_undamaged_samples_open() -> None:
     for kind, data in SAMPLES.items():
         assert open_image(data).format == kind
+
+
+def test_postscript_is_not_handed_to_ghostscript() -> None:
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    assert_refused(eps, "not a picture")
