@@ -5,9 +5,9 @@
     write(checkpoint, "out", "transformers")
 
 In memory a checkpoint always has cn_clip's names (see :mod:`.keymaps`). Nothing in a file is executed: ``.pt`` and
-``.bin`` are read with ``weights_only=True``, the rest is safetensors and JSON. Reading takes each tensor once: the
-towers are laid out on the meta device and given the file's own tensors, so a model needs its weights' size and
-not twice that.
+``.bin`` are read with ``weights_only=True``, the rest is safetensors and JSON. Tensors stay on disk, mapped, until they
+are used; the towers are laid out on the meta device and given the file's own tensors, so a model needs its weights'
+size and not twice that.
 """
 
 from __future__ import annotations
@@ -150,14 +150,13 @@ def _untrained_tiny() -> Path:
     return folder
 
 
-def read(path: str | Path, *, mmap: bool = False) -> Checkpoint:
+def read(path: str | Path) -> Checkpoint:
     """Read a checkpoint; the layout is recognised from the files, the model's size from the tensors.
 
     Args:
         path: a folder in ModelScope's layout (``vision_model_config.json``, ``text_model_config.json``,
             ``vocab.txt``, ``model.safetensors`` or ``pytorch_model.bin``) or transformers' (``config.json``), a
             folder that holds one ``.pt`` file, or a cn_clip ``.pt`` file.
-        mmap: leave the tensors of a ``.pt`` on disk until they are used; safetensors always are.
 
     Raises:
         CheckpointError: with the file and the reason.
@@ -168,7 +167,7 @@ def read(path: str | Path, *, mmap: bool = False) -> Checkpoint:
         if (path / VISION_CONFIG).exists() or (path / TEXT_CONFIG).exists():
             return _read_modelscope(path)
         if (path / "config.json").exists():
-            return _read_transformers(path, mmap)
+            return _read_transformers(path)
         found = sorted(path.glob("*.pt"))
         if len(found) != 1:
             raise CheckpointError(
@@ -178,7 +177,7 @@ def read(path: str | Path, *, mmap: bool = False) -> Checkpoint:
         path = found[0]
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file or folder")
-    return _read_cn_clip(path, mmap)
+    return _read_cn_clip(path)
 
 
 def read_config(path: str | Path) -> tuple[TowerConfig, Path | None]:
@@ -186,7 +185,7 @@ def read_config(path: str | Path) -> tuple[TowerConfig, Path | None]:
     folder = Path(path)
     if (folder / VISION_CONFIG).exists():
         return _modelscope_config(folder), _vocab_of(folder)
-    checkpoint = read(path, mmap=True)
+    checkpoint = read(path)
     return checkpoint.config, checkpoint.vocab
 
 
@@ -204,14 +203,14 @@ def _modelscope_config(folder: Path) -> TowerConfig:
         raise CheckpointError(f"{folder}: {VISION_CONFIG} and {TEXT_CONFIG}: {error}") from None
 
 
-def _read_cn_clip(file: Path, mmap: bool) -> Checkpoint:
-    state = _bare(_read_file(file, mmap), file)
+def _read_cn_clip(file: Path) -> Checkpoint:
+    state = _bare(_read_file(file), file)
     config = _recognise(state, file)
     vocab = layouts.default_vocab() if config.vocab_size == 21128 else None
     return Checkpoint(file, "cn_clip", config, state, vocab)
 
 
-def _read_transformers(folder: Path, mmap: bool) -> Checkpoint:
+def _read_transformers(folder: Path) -> Checkpoint:
     values = _read_json(folder / "config.json")
     if values.get("model_type") != "chinese_clip":
         raise CheckpointError(
@@ -223,7 +222,7 @@ def _read_transformers(folder: Path, mmap: bool) -> Checkpoint:
         raise CheckpointError(
             f"{folder / 'config.json'}: hidden_act of text and vision are {acts}, not gelu and quick_gelu"
         )
-    state = keymaps.from_transformers(_bare(_read_weights(folder, mmap), folder))
+    state = keymaps.from_transformers(_bare(_read_weights(folder), folder))
     config = _recognise(state, folder)
     heads = vision.get("num_attention_heads", 12)
     pictures = _read_json(folder / "preprocessor_config.json", required=False)
@@ -312,10 +311,10 @@ def _bare(state: dict[str, Any], where: Path) -> dict[str, Tensor]:
     return out
 
 
-def _read_weights(folder: Path, mmap: bool = False) -> dict[str, Any]:
+def _read_weights(folder: Path) -> dict[str, Any]:
     for name in (SAFETENSORS, BIN):
         if (folder / name).exists():
-            return _read_file(folder / name, mmap)
+            return _read_file(folder / name)
         index = folder / f"{name}.index.json"
         if index.exists():
             shards = _read_json(index).get("weight_map")
@@ -325,12 +324,12 @@ def _read_weights(folder: Path, mmap: bool = False) -> dict[str, Any]:
                 raise CheckpointError(f"{index}: weight_map must map names to files of this folder")
             state: dict[str, Any] = {}
             for shard in sorted(set(shards.values())):
-                state |= _read_file(folder / shard, mmap)
+                state |= _read_file(folder / shard)
             return state
     raise CheckpointError(f"{folder}: has neither {SAFETENSORS} nor {BIN}")
 
 
-def _read_file(file: Path, mmap: bool = False) -> Any:
+def _read_file(file: Path) -> Any:
     if not file.exists():
         raise CheckpointError(f"{file}: no such file")
     if file.stat().st_size == 0:
@@ -344,7 +343,7 @@ def _read_file(file: Path, mmap: bool = False) -> Any:
         except (SafetensorError, ValueError, KeyError) as error:
             raise CheckpointError(f"{file}: truncated or not safetensors: {error}") from None
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(file))
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)|`?(\S+)`? was not an allowed global|Unsupported global: (\S+)", str(error))
         what = f" ({next(filter(None, wanted.groups()))})" if wanted else ""
