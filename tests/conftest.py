@@ -13,15 +13,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from modelscope_cnclip import checkpoint, layouts
 from modelscope_cnclip.encoder import Encoder
+from modelscope_cnclip.images import ImageError, open_image
 from modelscope_cnclip.towers import ChineseCLIP, TowerConfig
 
 from .loopback_hub import LoopbackHub
+from .loopback_site import Site
 
 PICTURES = Path(__file__).parent.parent / "examples" / "pictures"
 
@@ -101,3 +106,48 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
     monkeypatch.undo()
     set_default_config(None)
     _is_model_from_trusted_source.cache_clear()
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Site() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """The same server as the OSS endpoint, without keys. An IP address makes oss2 put the bucket into the path."""
+    for name in ("OSS_ACCESS_KEY_ID", "OSS_ACCESS_KEY_SECRET", "OSS_SESSION_TOKEN", "OSS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OSS_ENDPOINT", site.address)
+    return site
+
+
+@pytest.fixture(scope="session")
+def path(pictures: list[Path]) -> Path:
+    return pictures[0]
+
+
+@pytest.fixture(scope="session")
+def data(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def assert_shows(source: Any, pixels: np.ndarray) -> None:
+    assert np.array_equal(np.asarray(open_image(source).convert("RGB")), pixels)
+
+
+def assert_refused(source: Any, *says: str) -> None:
+    """An ImageError of one line that says all of this."""
+    with pytest.raises(ImageError) as caught:
+        open_image(source)
+    text = str(caught.value)
+    assert "\n" not in text
+    for part in says:
+        assert part in text

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import base64
-import hashlib
-import hmac
 import io
 import os
-import re
-import socket
 import struct
-import sys
-import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from email.message import Message
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,112 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from modelscope_cnclip import images, oss
+from modelscope_cnclip import images
 from modelscope_cnclip.images import ImageError, open_image
+
+from .conftest import assert_refused, assert_shows
+from .loopback_site import Site, closed_port
 
 HTML = b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
 SVG = b'\xef\xbb\xbf<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
-
-
-class Site:
-    """A web server on 127.0.0.1. What it answers is set with :meth:`add`; ``seen`` has the headers of each request."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, tuple[int, bytes | Iterable[bytes], dict[str, str]]] = {}
-        self.seen: list[Message] = []
-        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"site": self}))
-        self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def add(self, path: str, body: bytes | Iterable[bytes], status: int = 200, **headers: str) -> str:
-        """Serve ``body`` at ``path``, in chunks if it is no bytes; ``Content_Type=`` is a header. Returns its URL."""
-        self.answers[path] = status, body, {key.replace("_", "-"): value for key, value in headers.items()}
-        return self.address + path
-
-    def __enter__(self) -> Site:
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-
-    def handle_error(self, *_: object) -> None:
-        """A client that hangs up is no news: those of endless answers must."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    site: Site
-
-    def log_message(self, *_: object) -> None: ...
-
-    def do_GET(self) -> None:
-        self.site.seen.append(self.headers)
-        status, body, headers = self.site.answers.get(self.path, (404, b"", {}))
-        self.send_response(status)
-        headers = {"Connection": "close"} | headers
-        whole = isinstance(body, bytes)
-        headers |= {"Content-Length": headers.get("Content-Length", str(len(body)))} if whole else {}
-        headers |= {} if whole else {"Transfer-Encoding": "chunked"}
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if whole:
-            self.wfile.write(body)
-            return
-        for piece in body:
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-        self.wfile.write(b"0\r\n\r\n")
-
-
-@pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with Site() as server:
-        yield server
-
-
-@pytest.fixture
-def bucket(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """The same server as the OSS endpoint, without keys. An IP address makes oss2 put the bucket into the path."""
-    for name in ("OSS_ACCESS_KEY_ID", "OSS_ACCESS_KEY_SECRET", "OSS_SESSION_TOKEN", "OSS_REGION"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OSS_ENDPOINT", site.address)
-    return site
-
-
-@pytest.fixture(scope="module")
-def path(pictures: list[Path]) -> Path:
-    return pictures[0]
-
-
-@pytest.fixture(scope="module")
-def data(path: Path) -> bytes:
-    return path.read_bytes()
-
-
-@pytest.fixture(scope="module")
-def pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path).convert("RGB"))
-
-
-def assert_shows(source: Any, pixels: np.ndarray) -> None:
-    assert np.array_equal(np.asarray(open_image(source).convert("RGB")), pixels)
-
-
-def assert_refused(source: Any, *says: str) -> None:
-    """An ImageError of one line that says all of this."""
-    with pytest.raises(ImageError) as caught:
-        open_image(source)
-    text = str(caught.value)
-    assert "\n" not in text
-    for part in says:
-        assert part in text
 
 
 def directory_entry(path: Path) -> os.DirEntry[bytes]:
@@ -195,125 +89,6 @@ def test_http(site: Site, data: bytes, pixels: np.ndarray) -> None:
     site.add("/%E7%8C%AB.png", data)
     assert_shows(f"{site.address}/猫.png", pixels)
     assert_shows(site.add("/zipped", zlib.compress(data), Content_Encoding="deflate"), pixels)
-
-
-def test_oss_without_keys(bucket: Site, data: bytes, pixels: np.ndarray) -> None:
-    bucket.add("/photos/2024%2F%E7%8C%AB.png", data)
-    assert_shows("oss://photos/2024/猫.png", pixels)
-    assert bucket.seen[-1]["Authorization"] is None
-
-
-def test_oss_in_chunks(bucket: Site) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (120, 120, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noise).save(file, "BMP")
-    content = file.getvalue()  # larger than the pieces that oss2 reads
-    bucket.add("/photos/noise.bmp", [content[i : i + 5000] for i in range(0, len(content), 5000)])
-    assert_shows("oss://photos/noise.bmp", noise)
-
-
-def test_oss_with_keys(bucket: Site, data: bytes, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys set after an anonymous request count, and the signature is that of OSS's documentation."""
-    bucket.add("/photos/a.png", data)
-    open_image("oss://photos/a.png")
-    monkeypatch.setenv("OSS_ACCESS_KEY_ID", "the-id")
-    monkeypatch.setenv("OSS_ACCESS_KEY_SECRET", "the-secret")
-    monkeypatch.setenv("OSS_SESSION_TOKEN", "the-token")
-    assert_shows("oss://photos/a.png", pixels)
-    sent = bucket.seen[-1]
-    signed = f"GET\n\n\n{sent['Date']}\nx-oss-security-token:the-token\n/photos/a.png"
-    signature = base64.b64encode(hmac.new(b"the-secret", signed.encode(), hashlib.sha1).digest()).decode()
-    assert sent["Authorization"] == f"OSS the-id:{signature}"
-    monkeypatch.setenv("OSS_REGION", "cn-hangzhou")
-    assert_shows("oss://photos/a.png", pixels)
-    assert re.match(
-        r"OSS4-HMAC-SHA256 Credential=the-id/\d{8}/cn-hangzhou/oss/aliyun_v4_request", bucket.seen[-1]["Authorization"]
-    )
-    assert not any("the-secret" in value for headers in bucket.seen for value in headers.values())
-
-
-def oss_error(code: str, message: str) -> bytes:
-    return (
-        f'<?xml version="1.0" encoding="UTF-8"?>\n<Error>\n  <Code>{code}</Code>\n  <Message>{message}</Message>\n'
-        "  <RequestId>5C3D9175B6FC201293AD4890</RequestId>\n  <HostId>photos.oss-cn-hangzhou.aliyuncs.com</HostId>\n"
-        "</Error>"
-    ).encode()
-
-
-@pytest.mark.parametrize(
-    ("status", "code"), [(404, "NoSuchBucket"), (404, "NoSuchKey"), (403, "AccessDenied"), (403, "InvalidAccessKeyId")]
-)
-def test_what_oss_answers_is_told(status: int, code: str, bucket: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OSS_ACCESS_KEY_ID", "the-id")
-    monkeypatch.setenv("OSS_ACCESS_KEY_SECRET", "the-secret")
-    bucket.add("/photos/a.png", oss_error(code, "…"), status, Content_Type="application/xml")
-    assert_refused("oss://photos/a.png", "oss://photos/a.png", code, f"HTTP {status}")
-    with pytest.raises(ImageError) as caught:
-        open_image("oss://photos/a.png")
-    assert "the-secret" not in str(caught.value)
-
-
-def test_oss_answers_without_a_code(bucket: Site) -> None:
-    bucket.add("/photos/a.png", b"", 503)
-    assert_refused("oss://photos/a.png", "oss://photos/a.png: refused (HTTP 503)")
-
-
-def test_oss_that_breaks_off(bucket: Site, data: bytes) -> None:
-    bucket.add("/photos/a.png", data[:500], Content_Length=str(len(data)))
-    assert_refused("oss://photos/a.png", "oss://photos/a.png", "500 bytes read")
-
-
-@pytest.mark.parametrize("chunked", [False, True])
-def test_oss_objects_that_are_too_large(chunked: bool, bucket: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_BYTES", 2**20)
-    zeros = bytes(2**16)
-    bucket.add("/photos/a.png", iter(lambda: zeros, None) if chunked else zeros, Content_Length=str(2**40))
-    if chunked:
-        del bucket.answers["/photos/a.png"][2]["Content-Length"]
-    assert_refused("oss://photos/a.png", "oss://photos/a.png: larger than 1 MiB")
-
-
-@pytest.mark.parametrize("address", ["oss://", "oss://photos", "oss://photos/", "oss:///a.png"])
-def test_malformed_oss_addresses(address: str, bucket: Site) -> None:
-    assert_refused(address, f"{address}: expected oss://BUCKET/KEY")
-
-
-def test_oss_bucket_names_that_cannot_be(bucket: Site) -> None:
-    assert_refused("oss://Photos_/a.png", "oss://Photos_/a.png", "bucket_name is invalid")
-
-
-def test_oss_without_an_endpoint(bucket: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OSS_ENDPOINT")
-    assert_refused("oss://photos/a.png", "oss://photos/a.png: set OSS_ENDPOINT")
-
-
-@pytest.mark.parametrize("endpoint", ["http://", "http://127.0.0.1:port", "???"])
-def test_oss_endpoints_that_are_none(endpoint: str, bucket: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OSS_ENDPOINT", endpoint)
-    assert_refused("oss://photos/a.png", "oss://photos/a.png", endpoint)
-
-
-def test_oss_that_cannot_be_reached(bucket: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OSS_ENDPOINT", f"http://127.0.0.1:{closed_port()}")
-    assert_refused("oss://photos/a.png", "oss://photos/a.png", "Connection refused")
-
-
-def test_oss_with_half_a_key(bucket: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OSS_ACCESS_KEY_ID", "the-id")
-    assert_refused("oss://photos/a.png", "Secret access key should not be null or empty")
-
-
-def test_oss_without_its_client(bucket: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "oss2", None)
-    assert_refused("oss://photos/a.png", "oss://photos/a.png", "pip install 'modelscope-cnclip[oss]'")
-    with pytest.raises(oss.OssError, match="needs oss2"):
-        oss.read("oss://photos/a.png", max_bytes=1)
-
-
-def closed_port() -> int:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        return closed.getsockname()[1]
 
 
 def png(width: int, height: int) -> bytes:
