@@ -7,7 +7,6 @@ Reading is lazy and in order. A record that can't be read is a :class:`DataError
 from __future__ import annotations
 
 import base64
-import binascii
 import glob
 import json
 import os
@@ -58,14 +57,14 @@ def guess_kind(inputs: Iterable[str]) -> Kind:
         suffix = Path(item).suffix.lower()
         if suffix == ".txt":
             return "texts"
-        if suffix == ".jsonl" and stat.S_ISREG(_mode(item)):
+        if suffix == ".jsonl" and stat.S_ISREG(file_mode(item)):
             _, head = next(_lines(item, fail), (0, ""))
             return "images" if '"image"' in head else "texts"
         if (
             suffix == ".tsv"
             or suffix in IMAGE_SUFFIXES
             or is_address(item)
-            or stat.S_ISDIR(_mode(item))
+            or stat.S_ISDIR(file_mode(item))
             or glob.has_magic(item)
         ):
             return "images"
@@ -88,7 +87,7 @@ def image_records(inputs: Iterable[str], on_bad: Callable[[DataError], None] = f
         elif item == "-":
             for number, line in _lines("-", on_bad):
                 yield Record(line, line, f"<stdin>:{number}")
-        elif stat.S_ISDIR(_mode(item)):
+        elif stat.S_ISDIR(file_mode(item)):
             for path in _walk(item):
                 yield Record(path, path, path)
         elif suffix == ".tsv":
@@ -103,7 +102,7 @@ def image_records(inputs: Iterable[str], on_bad: Callable[[DataError], None] = f
         elif suffix == ".txt":
             for number, line in _lines(item, on_bad):
                 yield Record(line, _beside(item, line), f"{item}:{number}")
-        elif glob.has_magic(item) and not _mode(item):
+        elif glob.has_magic(item) and not file_mode(item):
             found = sorted(glob.glob(item, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
             if not found:
                 on_bad(DataError(f"{item}: matches no file"))
@@ -137,7 +136,7 @@ def text_records(inputs: Iterable[str], on_bad: Callable[[DataError], None] = fa
                 if not tab:
                     on_bad(DataError(f"{item}:{number}: expected ID, a tab and a text"))
                     continue
-                yield Record(_number(key), text, f"{item}:{number}")
+                yield Record(as_id(key), text, f"{item}:{number}")
         else:
             for number, line in _lines(item, on_bad):
                 yield Record(number, line, f"{'<stdin>' if item == '-' else item}:{number}")
@@ -145,44 +144,82 @@ def text_records(inputs: Iterable[str], on_bad: Callable[[DataError], None] = fa
 
 def _tsv_images(file: str, on_bad: Callable[[DataError], None]) -> Iterator[Record]:
     for number, line in _lines(file, on_bad):
-        key, tab, body = line.partition("\t")
         try:
-            if not tab:
-                raise ValueError("expected ID, a tab and base64")
-            # Upstream's files use the url-safe alphabet as often as the plain one.
-            data = base64.b64decode(body.strip().replace("-", "+").replace("_", "/"), validate=True)
-        except (ValueError, binascii.Error) as error:
-            on_bad(DataError(f"{file}:{number}: {error}"))
+            key, data = tsv_picture(line, f"{file}:{number}")
+        except DataError as error:
+            on_bad(error)
             continue
-        yield Record(_number(key), data, f"{file}:{number}")
+        yield Record(key, data, f"{file}:{number}")
 
 
 def _json_lines(file: str, on_bad: Callable[[DataError], None]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in _lines(file, on_bad):
         try:
-            values = json.loads(line)
-            if not isinstance(values, dict):
-                raise ValueError(f"expected an object, found {line[:40]!r}")
-        except (ValueError, RecursionError) as error:
-            on_bad(DataError(f"{file}:{number}: not a JSON object: {error}"))
+            values = json_object(line, f"{file}:{number}")
+        except DataError as error:
+            on_bad(error)
             continue
         yield number, values
 
 
 def _lines(file: str, on_bad: Callable[[DataError], None]) -> Iterator[tuple[int, str]]:
     """(number from 1, line without its end) of every line that isn't empty."""
-    with _open(file) as lines:
+    name = "<stdin>" if file == "-" else file
+    for number, _, line in byte_lines(file):
+        try:
+            text = decode_line(line, f"{name}:{number}", first=number == 1).rstrip("\r\n")
+        except DataError as error:
+            on_bad(error)
+            continue
+        if text:
+            yield number, text
+
+
+def byte_lines(file: str) -> Iterator[tuple[int, int, bytes]]:
+    """(number from 1, offset in bytes, line with its end) of every line. Lines end at LF and nowhere else.
+
+    Raises:
+        DataError: no such file, or it can't be read.
+    """
+    with open_file(file) as lines:
+        offset = 0
         for number, line in enumerate(lines, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                on_bad(DataError(f"{'<stdin>' if file == '-' else file}:{number}: not UTF-8 ({error.reason})"))
-                continue
-            if text:
-                yield number, text
+            yield number, offset, line
+            offset += len(line)
 
 
-def _open(file: str) -> BinaryIO:
+def decode_line(line: bytes, source: str, *, first: bool = False) -> str:
+    """UTF-8 to text, or a DataError that starts with ``source``. The first line may start with a BOM."""
+    try:
+        return line.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: not UTF-8 ({error.reason})") from None
+
+
+def json_object(line: str, source: str) -> dict[str, Any]:
+    """A line of jsonl, or a DataError that starts with ``source``."""
+    try:
+        values = json.loads(line)
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object, found {line[:40]!r}")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{source}: not a JSON object: {error}") from None
+    return values
+
+
+def tsv_picture(line: str, source: str) -> tuple[str | int, bytes]:
+    """Id and file content of a line of cn_clip's ``*_imgs.tsv``, or a DataError that starts with ``source``."""
+    key, tab, body = line.partition("\t")
+    try:
+        if not tab:
+            raise ValueError("expected ID, a tab and base64")
+        # Upstream's files use the url-safe alphabet as often as the plain one.
+        return as_id(key), base64.b64decode(body.strip().replace("-", "+").replace("_", "/"), validate=True)
+    except ValueError as error:  # binascii.Error is one
+        raise DataError(f"{source}: {error}") from None
+
+
+def open_file(file: str) -> BinaryIO:
     """Bytes, since a text file decodes far ahead of the line that it gives."""
     if file == "-":
         return open(sys.stdin.fileno(), "rb", closefd=False)
@@ -192,7 +229,7 @@ def _open(file: str) -> BinaryIO:
         raise DataError(f"{file}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _mode(path: str) -> int:
+def file_mode(path: str) -> int:
     """``st_mode``, or 0 where there is no file; a text may be too long for a name."""
     try:
         return Path(path).stat().st_mode
@@ -212,6 +249,6 @@ def _beside(file: str, path: str) -> str:
     return path if is_address(path) else str(Path(file).parent / path)
 
 
-def _number(key: str) -> str | int:
+def as_id(key: str) -> str | int:
     """An int where nothing of the key is lost: ``007`` stays as it is."""
     return int(key) if re.fullmatch("0|[1-9][0-9]{0,17}", key) else key
