@@ -16,7 +16,7 @@ EXTRAS = {
     "web": ["gradio>=6", "fastapi", "uvicorn"],
     "ray": ["ray[data]"],
     "oss": ["oss2>=2.19"],
-    "train": ["tensorboard", "matplotlib"],
+    "train": ["tensorboard>=2.20", "matplotlib>=3.10"],
     "test": [
         "pytest>=8",
         "pytest-timeout",
@@ -25,6 +25,8 @@ EXTRAS = {
         "import-linter>=2",
         "build",
         "oss2>=2.19",
+        "tensorboard>=2.20",
+        "matplotlib>=3.10",
         "six",  # cn_clip imports it and doesn't ask for it
         "torchvision",
     ],
@@ -46,7 +48,7 @@ setup(
         "modelscope_cnclip.configuration": "configuration",
         "modelscope_cnclip.trainers": "trainers",
     },
-    package_data={"modelscope_cnclip.configuration": ["*.json", "towers/*.json", "vocab/*"]},
+    package_data={"modelscope_cnclip.configuration": ["*.json", "towers/*.json", "recipes/*.json", "vocab/*"]},
     install_requires=[
         "modelscope[datasets]>=1.40",
         "torch>=2.6",

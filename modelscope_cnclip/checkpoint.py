@@ -311,6 +311,15 @@ def _bare(state: dict[str, Any], where: Path) -> dict[str, Tensor]:
     return out
 
 
+def read_tensors(file: str | Path) -> dict[str, Tensor]:
+    """Names and tensors of one safetensors or torch file, nothing else of it; wrappers and ``module.`` are taken off.
+
+    Raises:
+        CheckpointError: with the file and the reason.
+    """
+    return _bare(_read_file(Path(file)), Path(file))
+
+
 def _read_weights(folder: Path) -> dict[str, Any]:
     for name in (SAFETENSORS, BIN):
         if (folder / name).exists():

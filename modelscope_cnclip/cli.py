@@ -2,6 +2,7 @@
 
     cnclip encode PICTURES… --to out.npy          # vectors and a manifest
     cnclip convert IN OUT --to transformers       # one checkpoint layout into another
+    cnclip train RECIPE.json                      # what a recipe says; again after an interruption, it goes on
 
 Long work shows a bar. ``--json`` prints one JSON document on stdout and nothing else there. Errors are one line on
 stderr; exit code 2 for bad input, 1 for a failure.
@@ -80,12 +81,30 @@ def _add_verbs(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     convert.set_defaults(verb=_convert)
 
+    train = verbs.add_parser("train", help="train what a recipe says", description=TRAIN)
+    train.add_argument("recipe", metavar="RECIPE", help="a JSON file, or the name of a shipped one: two_stage, …")
+    train.add_argument("--work-dir", metavar="DIR", help="instead of the recipe's train.work_dir")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", type=_assignment,
+        help="put a value over the recipe's; VALUE is JSON, or else a text. May be repeated",
+    )  # fmt: skip
+    train.add_argument("--device", help="cpu, cuda, cuda:1 …; by default a GPU if there is one")
+    train.add_argument(
+        "--allow-changed-recipe", action="store_true", help="go on although the recipe isn't what the run began with"
+    )
+    train.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    train.set_defaults(verb=_train)
+
 
 ENCODE = """Embed pictures (files, folders, globs, addresses, .txt lists of paths, cn_clip's *_imgs.tsv, .jsonl with
 "image") or texts (.txt with one a line, .jsonl with "text", .tsv with ID and text, or the texts themselves with
 --kind texts)."""
 CONVERT = """Write a checkpoint in the layout of ModelScope (a folder that its built-in loads too), cn_clip (a .pt
 file) or transformers (ChineseCLIPModel). The layout of IN is recognised. Weights keep their dtype, bit for bit."""
+
+TRAIN = """Train a Chinese CLIP as a recipe says: from an image tower and a BERT, or from a checkpoint, in any number of
+stages. configuration/README.md explains every key. Paths in a recipe are relative to where the command is run. Several
+processes: torchrun --nproc_per_node N -m modelscope_cnclip.trainers RECIPE, with the same options."""
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -101,14 +120,15 @@ def _run(args: argparse.Namespace) -> int:
     from .hub import HubError
     from .images import ImageError
     from .preprocessor import VocabularyError
+    from .trainers.recipe import RecipeError
 
     logging.basicConfig(level=logging.WARNING, format="cnclip: %(message)s", stream=sys.stderr)
     try:
         return args.verb(args)
-    except (CheckpointError, DataError, HubError, ImageError, VocabularyError, ValueError) as error:
+    except (CheckpointError, DataError, HubError, ImageError, RecipeError, VocabularyError, ValueError) as error:
         print(f"cnclip: {_one_line(error)}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, FloatingPointError) as error:
         print(f"cnclip: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -168,6 +188,38 @@ def _convert(args: argparse.Namespace) -> int:
         args, {"source": str(source), "written": str(written), "layout": args.to}, f"{source} -> {written} ({args.to})"
     )
     return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    import tempfile
+    from pathlib import Path
+
+    from .trainers.recipe import locate_recipe, read_recipe
+    from .trainers.trainer import CnclipTrainer
+
+    file = locate_recipe(args.recipe)
+    values = read_recipe(file, dict(args.set))
+    with tempfile.TemporaryDirectory() as folder:
+        complete = Path(folder) / file.name  # the host reads its configuration from a file
+        complete.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+        trainer = CnclipTrainer(cfg_file=str(complete), where=str(file), work_dir=args.work_dir, device=args.device)
+        trainer.train(allow_changed_recipe=args.allow_changed_recipe)
+    work_dir, metrics = str(trainer.work_dir), trainer.metric_values or {}
+    if trainer.ranks.first:
+        result = {"work_dir": work_dir, "steps": trainer.progress.step, "metrics": metrics}
+        scores = ", ".join(f"{name} {metrics[name]:.4f}" for name in metrics if name.endswith("mean_recall"))
+        _tell(args, result, f"{trainer.progress.step} steps -> {work_dir}" + (f"; {scores}" if scores else ""))
+    return 0
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 def _model(args: argparse.Namespace) -> str:

@@ -22,6 +22,7 @@ class CnclipModel(TorchModel):
     Args:
         model_dir: a checkpoint as :func:`.checkpoint.locate` takes it.
         resolution: another picture size in pixels.
+        loaded: a checkpoint in memory, used instead of the files in ``model_dir``.
         **kwargs: the host's own (``device``, ``trust_remote_code`` …); the weights stay fp32 on the CPU until a
             pipeline or trainer moves them.
 
@@ -30,9 +31,16 @@ class CnclipModel(TorchModel):
         vocab: the vocabulary file, None if the checkpoint has none.
     """
 
-    def __init__(self, model_dir: str, *args: Any, resolution: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model_dir: str,
+        *args: Any,
+        resolution: int | None = None,
+        loaded: checkpoint.Checkpoint | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(model_dir, *args, **kwargs)
-        loaded = checkpoint.read(checkpoint.locate(model_dir))
+        loaded = loaded or checkpoint.read(checkpoint.locate(model_dir))
         self.vocab = loaded.vocab
         self.clip_model = loaded.build(torch.float32, resolution=resolution)
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -91,19 +92,23 @@ class Tokenizer:
         Raises:
             TypeError: a text is no str; its position is named.
         """
+        ids, lengths = self.encode(texts)
+        if cut := sum(length > self.context_length for length in lengths):
+            logger.warning(
+                "%d of %d texts were cut to %d tokens (the longest has %d)",
+                cut, len(ids), self.context_length, max(lengths),
+            )  # fmt: skip
+        return ids
+
+    def encode(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
+        """The same without a warning, and how many ids each text has before it is cut."""
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"text {i}: expected a str, got {type(text).__name__}")
         encoded = self._fast.encode_batch_fast([self.clean(text) for text in texts], add_special_tokens=False)
         room = self.context_length - 2
-        ids = [one.ids for one in encoded]
-        cut = sum(len(one) > room for one in ids)
-        if cut:
-            longest = max(map(len, ids)) + 2
-            logger.warning(
-                "%d of %d texts were cut to %d tokens (the longest has %d)", cut, len(ids), self.context_length, longest
-            )
-        return [[self.cls_id, *one[:room], self.sep_id] for one in ids]
+        ids = [[self.cls_id, *one.ids[:room], self.sep_id] for one in encoded]
+        return ids, [len(one.ids) + 2 for one in encoded]
 
     def padded(self, texts: Sequence[str], length: int | None = None) -> Tensor:
         """(N, L) int64, padded with 0 to ``length``, by default to the longest of these texts."""
@@ -195,30 +200,58 @@ class ImageTransform:
         return values.sub_(self.mean.to(values.device)).div_(self.std.to(values.device))
 
 
-def augmentation(resolution: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Image.Image], Tensor]:
-    """Upstream's training transform: random crop of 90–100%, mirror, AutoAugment, normalise. PIL -> (3, r, r) float32.
+def augmentation(
+    resolution: int,
+    *,
+    scale: Sequence[float] = (0.9, 1.0),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+    auto_augment: str = "original",
+    color_jitter: float = 0.0,
+    gray: float = 0.0,
+    background: float = 0.0,
+) -> Callable[[Image.Image], Image.Image]:
+    """A training transform: picture -> RGB picture of r × r pixels. The defaults are upstream's.
 
-    Source: cn_clip ``training/data.py``, which crops before it converts to RGB. Random numbers come from Python's
-    ``random``, numpy and torch.
+    Those are a random crop of 90-100%, mirroring and AutoAugment; source: cn_clip ``training/data.py``, which crops
+    before it converts to RGB. Random numbers come from Python's ``random``, numpy and torch.
+
+    Args:
+        resolution: side of the square, in pixels.
+        scale, ratio: share of the picture that a crop keeps, and the crop's width by height.
+        flip: probability of mirroring.
+        auto_augment: a policy of timm's (``original``, ``rand-m6-mstd0.5`` …), empty for none.
+        color_jitter: strength of changes in brightness, contrast, saturation and hue.
+        gray: probability of grey.
+        background: probability of a random plain colour under transparent pixels, white otherwise. With 0, as
+            upstream, they come out black, or in whatever colour a palette has for them.
     """
-    from timm.data import create_transform
+    from timm.data.transforms_factory import transforms_imagenet_train
 
-    crop, mirror, *rest = create_transform(
-        input_size=resolution,
-        scale=(0.9, 1.0),
-        is_training=True,
-        color_jitter=None,
-        auto_augment="original",
+    steps = transforms_imagenet_train(
+        resolution,
+        scale=tuple(scale),
+        ratio=tuple(ratio),
+        hflip=flip,
+        color_jitter=color_jitter or None,
+        force_color_jitter=bool(color_jitter),
+        grayscale_prob=gray,
+        auto_augment=auto_augment or None,
         interpolation="bicubic",
-        mean=tuple(mean),
-        std=tuple(std),
-    ).transforms
+    ).transforms[:-2]  # without the conversion to a tensor and the normalisation
+    geometry = [step for step in steps if type(step).__name__.startswith(("RandomResizedCrop", "RandomHorizontalFlip"))]
 
-    def transform(image: Image.Image) -> Tensor:
-        value = mirror(crop(image)).convert("RGB")
-        for step in rest:
-            value = step(value)
-        return value
+    def transform(image: Image.Image) -> Image.Image:
+        if background and image.has_transparency_data:
+            chosen = random.random() < background
+            colour = tuple(random.randrange(256) for _ in range(3)) if chosen else (255, 255, 255)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (*colour, 255)), image.convert("RGBA"))
+        for step in geometry:
+            image = step(image)
+        image = image.convert("RGB")
+        for step in steps[len(geometry) :]:
+            image = step(image)
+        return image
 
     return transform
 
@@ -275,12 +308,13 @@ class CnclipPreprocessor(Preprocessor):
         return out
 
     @cached_property
-    def _augment(self) -> Callable[[Image.Image], Tensor]:
-        return augmentation(self.image_resolution, self.config.vision_mean, self.config.vision_std)
+    def _augment(self) -> Callable[[Image.Image], Image.Image]:
+        return augmentation(self.image_resolution)
 
     def _pixels(self, source: ImageSource) -> Tensor:
         if self.mode == ModeKeys.TRAIN:
-            return self._augment(open_image(source, exif=self.transform.exif))
+            pixels = np.array(self._augment(open_image(source, exif=self.transform.exif)))
+            return self.transform.normalise(torch.from_numpy(pixels)[None])[0]
         return self.transform(source)
 
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 T = TypeVar("T", bound=type)
 
 TAKEOVER = "MODELSCOPE_CNCLIP_TAKEOVER"
+RECALL = "cnclip-retrieval-recall"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Entry:
     registry: str  # as the AST index writes it
     group: str
     name: str
-    builtin: str  # the built-in's name that we answer for
+    builtin: str | None  # the built-in's name that we answer for
     module: str
     cls: str
 
@@ -55,6 +56,20 @@ TABLE = (
         "pipelines",
         "ImageTextRetrievalPipeline",
     ),
+    Entry("TRAINERS", "default", "cnclip-trainer", "clip-multi-modal-embedding", "trainers.trainer", "CnclipTrainer"),
+    Entry("METRICS", "default", RECALL, None, "trainers.evaluation", "RetrievalRecallMetric"),
+    Entry("HOOKS", "default", "CnclipTwoStageHook", None, "trainers.two_stage", "CnclipTwoStageHook"),
+    Entry("HOOKS", "default", "CnclipCheckpointHook", None, "trainers.checkpointing", "CnclipCheckpointHook"),
+    Entry("HOOKS", "default", "CnclipEvaluationHook", None, "trainers.evaluation", "CnclipEvaluationHook"),
+    Entry("HOOKS", "default", "CnclipLogHook", None, "trainers.logs", "CnclipLogHook"),
+    Entry(
+        "HOOKS",
+        "default",
+        "CnclipClampLogitScaleHook",
+        "ClipClampLogitScaleHook",
+        "trainers.two_stage",
+        "CnclipClampLogitScaleHook",
+    ),
 )
 
 # Where the host keeps each registry object.
@@ -62,6 +77,9 @@ _HOMES = {
     "MODELS": "modelscope.models.builder",
     "PREPROCESSORS": "modelscope.preprocessors.builder",
     "PIPELINES": "modelscope.pipelines.builder",
+    "TRAINERS": "modelscope.trainers.builder",
+    "HOOKS": "modelscope.trainers.hooks.builder",
+    "METRICS": "modelscope.metrics.builder",
 }
 
 
@@ -95,7 +113,7 @@ def register(cls: T) -> T:
 
 
 def _names(entry: Entry) -> tuple[str, ...]:
-    return (entry.name, entry.builtin) if takes_over() else (entry.name,)
+    return (entry.name, entry.builtin) if entry.builtin and takes_over() else (entry.name,)
 
 
 class _Group(dict):

@@ -207,6 +207,21 @@ class ChineseCLIP(nn.Module):
         """(B, 3, r, r) normalised pixels in the towers' dtype -> (B, D)."""
         return self.visual(image)
 
+    @property
+    def splits_image(self) -> bool:
+        """Whether the image tower is a trunk and a linear projection. CLIP's ResNet projects within its pooling."""
+        return not self.config.is_resnet
+
+    def image_trunk(self, image: Tensor) -> Tensor:
+        """(B, 3, r, r) -> (B, W), what :meth:`project_image` takes; only where :attr:`splits_image`."""
+        if isinstance(self.visual, TimmTower):
+            return self.visual.trunk(image)
+        return self.visual.forward_head(self.visual.forward_features(image), pre_logits=True)
+
+    def project_image(self, trunk: Tensor) -> Tensor:
+        """(B, W) of :meth:`image_trunk` -> (B, D), equal to :meth:`encode_image` of the picture."""
+        return self.visual.proj(trunk) if isinstance(self.visual, TimmTower) else self.visual.head(trunk)
+
     def encode_text(self, text: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, L) token ids -> (B, D). Without a mask, id 0 is padding, as upstream has it."""
         if attention_mask is None:
