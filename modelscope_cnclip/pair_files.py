@@ -1,6 +1,7 @@
 """Files of image-text pairs, indexed once and then read where needed: jsonl and csv tables, cn_clip's tsv with jsonl.
 
-:func:`.pairs.read_pairs` opens them. Each has a length, ``read(number, picture)`` that gives a :class:`Pair`, and ``key(number)``.
+:func:`.pairs.read_pairs` opens them. Each has a length, ``read(number, picture)`` that gives a :class:`Pair`, and
+``key(number)``.
 """
 
 from __future__ import annotations

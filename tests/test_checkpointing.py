@@ -177,10 +177,13 @@ def start(file: Path, *options: str, ranks: int = 1) -> list[subprocess.Popen]:
 
 
 def finish(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str]]:
-    """(exit code, standard error) of each; none is left behind."""
+    """(exit code, standard error) of each; none is left behind. Ranks that finish have the same weights."""
     try:
-        told = [process.communicate(timeout=timeout)[1] for process in processes]
-        return [(process.returncode, error) for process, error in zip(processes, told)]
+        told = [process.communicate(timeout=timeout) for process in processes]
+        if all(process.returncode == 0 for process in processes):
+            assert len({out.splitlines()[-1] for out, _ in told}) == 1
+            assert told[0][0].splitlines()[-1].startswith("weights ")
+        return [(process.returncode, error) for process, (_, error) in zip(processes, told)]
     finally:
         for process in processes:
             process.kill()

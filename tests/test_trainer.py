@@ -25,7 +25,8 @@ from modelscope_cnclip.encoder import Encoder
 from modelscope_cnclip.model import CnclipModel
 from modelscope_cnclip.trainers.logs import read_metrics
 from modelscope_cnclip.trainers.recipe import RecipeError
-from modelscope_cnclip.trainers.trainer import CnclipTrainer, TrainingError
+from modelscope_cnclip.trainers.step import TrainingError, loss_of
+from modelscope_cnclip.trainers.trainer import CnclipTrainer
 
 from .conftest import PICTURES
 from .loopback_hub import LoopbackHub
@@ -230,7 +231,7 @@ def test_accumulation_is_exact_and_takes_the_tail(make: Make) -> None:
             module.p = 0.0
     trainer.train()
     assert [len(batch.text) for batch in seen[0]] == [5, 5, 2]
-    total = sum(trainer._loss(trainer.parallel, batch) * len(batch.text) / 12 for batch in seen[0])
+    total = sum(loss_of(trainer, trainer.parallel, batch) * len(batch.text) / 12 for batch in seen[0])
     total.backward()
     for name, parameter in trainer.towers.named_parameters():
         assert torch.allclose(parameter.grad, grads[0][name], atol=1e-6), name
@@ -418,16 +419,23 @@ def test_the_official_finetuning_code(
     assert pipe({"img": rows[0]["image"]})["img_embedding"].shape == (1, 32)
 
 
-def test_a_local_folder_asks_no_hub_and_starts_no_process(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_folder_asks_no_hub_and_starts_no_process(
+    model_folder: Path, rows: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import multiprocessing
     import socket
+
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps({"train": {"max_steps": 1, "dataloader": {"batch_size_per_gpu": 4}}}))
+    given = {"model": str(model_folder), "cfg_file": str(file), "train_dataset": rows, "work_dir": str(tmp_path / "w")}
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a connection or a process was asked for")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(multiprocessing.Process, "start", refuse)
-    make(train={"max_steps": 1}).train()
+    build_trainer("cnclip-trainer", given).train()
+    assert (tmp_path / "w" / "output" / "pytorch_model.bin").exists()
 
 
 def test_a_model_in_memory_and_one_that_is_composed(make: Make, model_folder: Path, tmp_path: Path) -> None:
@@ -507,6 +515,17 @@ def test_data_that_is_no_data(make: Make, rows: list[dict[str, str]], tmp_path: 
         file.write_text(text)
         with pytest.raises(DataError, match=f"{name}.jsonl"):
             make(train={"max_epochs": 1}, train_dataset=str(file))
+
+
+def test_broken_records_are_left_out_and_limited(make: Make, rows: list[dict[str, str]], tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+    trainer = make(train={"max_steps": 1}, top={"data": {"max_bad_fraction": 0.1}}, train_dataset=str(file))
+    assert len(trainer.train_dataset) == 12
+    with pytest.raises(
+        DataError, match=r"pairs.jsonl:13: .*; 1 of 13 records are bad, more than data.max_bad_fraction"
+    ):
+        make(train={"max_steps": 1}, train_dataset=str(file))
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import random
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -240,10 +240,13 @@ class Broken:
         known: positions that were found before.
         size: pairs in the data set.
         limit: share of the data set that may be broken.
+        warn: told of each.
     """
 
-    def __init__(self, known: Iterable[str], size: int, limit: float) -> None:
-        self.pairs, self.size, self.limit = set(known), size, limit
+    def __init__(
+        self, known: Iterable[str], size: int, limit: float, warn: Callable[[str], Any] = logger.warning
+    ) -> None:
+        self.pairs, self.size, self.limit, self.warn = set(known), size, limit, warn
         self.untold = 0  # of this rank, that the other ranks don't know of
 
     def note(self, found: Iterable[tuple[str, str]]) -> None:
@@ -251,7 +254,7 @@ class Broken:
             if pair not in self.pairs:
                 self.pairs.add(pair)
                 self.untold += 1
-                logger.warning("skipped a picture: %s", reason)
+                self.warn(f"skipped a picture: {reason}")
 
     def share(self, ranks: Ranks) -> None:
         """Tell the other ranks; all of them call this together. Raises DataError past the limit, on all of them."""

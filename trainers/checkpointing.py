@@ -108,7 +108,7 @@ def _write(trainer: CnclipTrainer, target: Path, generators: list[dict[str, Any]
             "ranks": trainer.ranks.count,
             "scaler": trainer.scaler.state_dict(),
             "metrics": trainer.metric_values,
-            "hooks": trainer.hook_states(),
+            "hooks": {type(hook).__name__: state for hook in trainer.hooks if (state := hook.state_dict())},
             "generators": [one["others"] for one in generators],
             "files": {name: (temporary / name).stat().st_size for name in (WEIGHTS, OPTIMIZER, RANDOM)},
         }
@@ -221,11 +221,13 @@ def restore_rest(trainer: CnclipTrainer, saved: Saved) -> None:
     state: optim.State = {}
     for key, value in saved.tensors(OPTIMIZER).items():
         name, _, what = key.rpartition("|")
-        state.setdefault(name, {})[what] = value if value.ndim == 0 else value.to(trainer.device)
+        state.setdefault(name, {})[what] = value
     if trainer.optimizer is not None:
         optim.set_state(trainer.optimizer, state)
     trainer.scaler.load_state_dict(saved.state["scaler"])
-    trainer.load_hook_states(saved.state["hooks"])
+    for hook in trainer.hooks:
+        if (kept := saved.state["hooks"].get(type(hook).__name__)) is not None:
+            hook.load_state_dict(kept)
     number = trainer.ranks.number
     if saved.state["ranks"] != trainer.ranks.count:
         return  # allowed by the caller: new ranks have generators of their own

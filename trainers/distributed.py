@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 
 @dataclass
@@ -74,6 +76,38 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def share_buffers(self, module: nn.Module) -> None:
+        """The first rank's buffers on every rank: between steps, each has BatchNorm statistics of its own pictures."""
+        if self.count > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+
     def agree(self, value: Any) -> Any:
         """The first rank's value, on every rank."""
         return self.gather(value)[0]
+
+
+SIGTERM_EXIT = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
+
+
+class Sigterm:
+    """While this context is open SIGTERM only sets :attr:`came`, so that a step can finish and a checkpoint be written.
+
+    Only the main thread may ask for signals; in another one SIGTERM does what it always does.
+    """
+
+    came = False
+
+    def __enter__(self) -> Sigterm:
+        try:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        except ValueError:
+            self._before = None
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_: Any) -> None:
+        self.came = True

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,6 @@ from .batches import Pixels, View
 from .distributed import Ranks
 from .recipe import Stage
 from .two_stage import trunk_frozen, wholly_frozen
-
-logger = logging.getLogger("modelscope_cnclip")
 
 
 def why_not(stage: Stage, model: ChineseCLIP) -> str | None:
@@ -137,7 +134,7 @@ def _compute(
     seed: int,
     ranks: Ranks,
 ) -> None:
-    start, rows = time.perf_counter(), len(firsts) * views
+    rows = len(firsts) * views
     part = file.with_suffix(".part.npy")
     if ranks.first:
         blank = np.zeros((1, encoder.transform.resolution, encoder.transform.resolution, 3), dtype=np.uint8)
@@ -169,8 +166,6 @@ def _compute(
         temporary = notes.with_suffix(".tmp")
         temporary.write_text(json.dumps({"pictures": len(firsts), "views": views, "broken": broken}), encoding="utf-8")
         temporary.replace(notes)
-        seconds = time.perf_counter() - start
-        logger.info("image features of %d pictures × %d views in %.1f s: %s", len(firsts), views, seconds, file)
     ranks.wait()
 
 

@@ -38,6 +38,7 @@ class CnclipLogHook(Hook):
     def __init__(self, interval: int = 10, tensorboard: bool = False) -> None:
         self.interval, self.tensorboard = interval, tensorboard
         self._board: Any = None
+        self._told = False
         self._clear()
 
     def _clear(self) -> None:
@@ -90,8 +91,9 @@ class CnclipLogHook(Hook):
                 f"{self._cut} captions of this pass were cut to {trainer.tokenizer.context_length} tokens"
             )
             self._cut = 0
-        if trainer.ranks.first:
-            draw(Path(trainer.work_dir))
+        if trainer.ranks.first and draw(Path(trainer.work_dir)) is None and not self._told:
+            trainer.logger.info(f"{CURVES} needs matplotlib: pip install 'modelscope-cnclip[train]'")
+            self._told = True
 
     def after_run(self, trainer: CnclipTrainer) -> None:
         if self._board is not None:

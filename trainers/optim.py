@@ -63,7 +63,8 @@ def build_optimizer(model: ChineseCLIP, stage: Stage, recipe: Recipe) -> torch.o
                 recipe.get("train.optimizer_hparams.beta2", beta2),
             ),
             "eps": recipe.first("train.optimizer.eps", "train.optimizer_hparams.eps", default=eps),
-            "fused": True,  # one pass over the weights; several times faster on a CPU, where it counts
+            "fused": model.logit_scale.device.type
+            in ("cpu", "cuda"),  # one pass over the weights; several times faster on a CPU, where it counts
         }
     return maker(
         [
@@ -131,4 +132,6 @@ def set_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str,
             for key, value in state.get(name, {}).items():
                 if value.shape == parameter.shape:  # in the parameter's own memory format, as the fused kernels want it
                     value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                elif group.get("fused"):  # which counts its steps where the parameters are
+                    value = value.to(parameter.device)
                 optimizer.state[parameter][key] = value

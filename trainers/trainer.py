@@ -15,9 +15,7 @@ local folders. An *iteration* in the sense of hooks is one optimizer step.
 
 from __future__ import annotations
 
-import contextlib
-import math
-import signal
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from modelscope.trainers.hooks.hook import Hook
 from modelscope.trainers.trainer import EpochBasedTrainer
 from modelscope.utils.config import Config
 from modelscope.utils.constant import ModeKeys, TrainerStages
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from modelscope_cnclip import checkpoint, layouts, registry
@@ -36,22 +34,18 @@ from modelscope_cnclip.model import CnclipModel
 from modelscope_cnclip.pairs import read_pairs
 from modelscope_cnclip.preprocessor import CnclipPreprocessor
 
-from . import checkpointing, evaluation, features, optim, start, two_stage
+from . import checkpointing, evaluation, features, optim, start, step, two_stage
 from .batches import Batch, Broken, PassSampler, Pixels, Visits, loader
-from .distributed import Ranks
-from .live import PairForward, autocast, evaluating, live_encoder
-from .loss import clip_loss
+from .distributed import SIGTERM_EXIT, Ranks, Sigterm
+from .live import PairForward, evaluating, live_encoder
 from .plan import Plan
 from .recipe import Recipe, RecipeError, Stage
 
+BAD = 0.01  # share of records or pictures that may be broken
 _TAKEN = ("where", "max_epochs", "use_fp16", "launcher", "device", "work_dir", "cfg_options", "trust_remote_code",
           "third_party")  # fmt: skip
 _NOT_TAKEN = ("optimizers", "data_collator", "samplers", "efficient_tuners", "compile", "compile_options",
               "remove_unused_data", "train_iters_per_epoch", "val_iters_per_epoch", "arg_parse_fn")  # fmt: skip
-
-
-class TrainingError(FloatingPointError):
-    """A run that can't go on. The text says why, and names the last good checkpoint."""
 
 
 @registry.register
@@ -136,6 +130,8 @@ class CnclipTrainer(EpochBasedTrainer):
             **kwargs,
         )
         self._dist = self.ranks.count > 1
+        if not self.ranks.first:
+            self.logger.setLevel("WARNING")
         self.model_dir = self.model.model_dir
         self.device = start.device_of(device, self.ranks)
         self.precision = start.precision_of(self.recipe, self.device)
@@ -174,7 +170,16 @@ class CnclipTrainer(EpochBasedTrainer):
         source = datasets if datasets is not None else self.recipe.get(f"dataset.{name}")
         if source is None:
             return None
-        return read_pairs(source, column_map=self.recipe.get("dataset.column_map"))
+        bad: list[DataError] = []
+        pairs = read_pairs(source, column_map=self.recipe.get("dataset.column_map"), on_bad=bad.append)
+        limit, records = self.recipe.get("data.max_bad_fraction", BAD), len(pairs) + len(bad)
+        if len(bad) > limit * records:
+            raise DataError(
+                f"{bad[0]}; {len(bad)} of {records} records are bad, more than data.max_bad_fraction = {limit} allows"
+            )
+        for error in bad:
+            self.logger.warning(f"left out {error}")
+        return pairs
 
     def get_metrics(self) -> list[Any]:
         metrics = self._given[2] or self.recipe.get("evaluation.metrics") or []
@@ -209,7 +214,7 @@ class CnclipTrainer(EpochBasedTrainer):
         optim.set_state(self.optimizer, kept)
         if self.progress.stage_step == 0 and stage.restart_schedule:
             self.progress.schedule_step = 0
-        self._schedule, self._schedule_steps = self.plan.schedule(self.progress.stage)
+        self.schedule, self.schedule_steps = self.plan.schedule(self.progress.stage)
         # The last stage's wrapper knows only the parameters that were trained then: ranks would drift apart.
         forward = PairForward(self.towers, self.transform)
         self.parallel = forward
@@ -239,8 +244,9 @@ class CnclipTrainer(EpochBasedTrainer):
             cache = features.FeatureCache.build(
                 Path(self.work_dir) / "features", encoder, self.train_dataset, stage, self._seed, self.ranks
             )
+        self.logger.info(f"{stage.name}: image features are kept in {cache.file}")
         self.broken.note((str(pair), reason) for pair, reason in cache.reasons.items())
-        self._share_broken()
+        self.share_broken()
         return cache
 
     # ------------------------------------------------------------------ the loop
@@ -249,9 +255,8 @@ class CnclipTrainer(EpochBasedTrainer):
         self,
         checkpoint_path: str | None = None,
         load_all_state: bool = True,
-        *args: Any,
+        *,
         allow_changed_recipe: bool = False,
-        **kwargs: Any,
     ) -> None:
         """Train, from where the work dir's newest checkpoint stopped if there is one.
 
@@ -282,7 +287,7 @@ class CnclipTrainer(EpochBasedTrainer):
         if self.ranks.first:
             layouts.save_json(self.recipe.values, Path(self.work_dir) / "recipe.json")
         self.model.train()
-        with self._catching_sigterm():
+        with Sigterm() as self.sigterm:
             self.train_loop(saved)
 
     def _saved(self, given: str | None) -> checkpointing.Saved | None:
@@ -296,8 +301,8 @@ class CnclipTrainer(EpochBasedTrainer):
     def train_loop(self, saved: checkpointing.Saved | None = None) -> None:
         """Passes over the data until the last stage is over."""
         progress = self.progress
-        limit = self.recipe.get("data.max_bad_fraction", 0.01)
-        self.broken = Broken(progress.bad, len(self.train_dataset), limit)
+        limit = self.recipe.get("data.max_bad_fraction", BAD)
+        self.broken = Broken(progress.bad, len(self.train_dataset), limit, self.logger.warning)
         self.invoke_hook(TrainerStages.before_run)
         if saved is not None:
             checkpointing.restore_rest(self, saved)
@@ -306,6 +311,7 @@ class CnclipTrainer(EpochBasedTrainer):
             self.logger.info(f"this run is over: {progress.step} steps in {self.work_dir}")
         while progress.stage < len(self.recipe.stages):
             self.end_pass = False
+            two_stage.set_modes(self.towers)
             self.data_loader = self.train_dataloader = self._loader()
             self.invoke_hook(TrainerStages.before_train_epoch)
             for batches in self._steps():
@@ -316,10 +322,11 @@ class CnclipTrainer(EpochBasedTrainer):
                 self._iter = progress.step
                 if self.interrupted:
                     self.logger.info("stopped by SIGTERM; run it again to go on")
-                    raise SystemExit(128 + signal.SIGTERM)
+                    raise SystemExit(SIGTERM_EXIT)
                 if self.end_pass or self._stop_training:
                     break
             progress.passes, progress.epoch, progress.batches = progress.passes + 1, progress.epoch + 1, 0
+            self.ranks.share_buffers(self.towers)
             self.invoke_hook(TrainerStages.after_train_epoch)
             self._inner_iter, self._epoch = 0, progress.epoch
             if self._stop_training:  # a hook of the host's, for early stopping
@@ -366,88 +373,17 @@ class CnclipTrainer(EpochBasedTrainer):
         return progress.stage_step >= self.stage_steps or (plateau is not None and progress.flat >= plateau.patience)
 
     def train_step(self, model: nn.Module, inputs: list[Batch]) -> None:
-        """One optimizer step over one or more batches.
+        """One optimizer step over one or more batches; see :func:`.step.train_step`."""
+        step.train_step(self, model, inputs)
 
-        Each batch's loss counts by its share of the pairs, so the gradient is the mean over all of them.
-        """
-        progress, optimizer = self.progress, self.optimizer
-        two_stage.set_modes(self.towers)
-        rate = optim.learning_rate(self._schedule, progress.schedule_step, self._schedule_steps)
-        optim.set_learning_rate(optimizer, rate)
-        pairs = sum(len(batch.text) for batch in inputs)
-        mean = 0.0
-        for number, batch in enumerate(inputs, 1):
-            self.broken.note(batch.bad)
-            last = number == len(inputs) or self.ranks.count == 1
-            with contextlib.nullcontext() if last else model.no_sync():
-                loss = self._loss(model, batch) * (len(batch.text) / pairs)
-                self.scaler.scale(loss).backward()
-            mean += loss.item()
-        self._agree(mean)
-        self.scaler.unscale_(optimizer)
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(grads)) if self.wants_norm else None
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        two_stage.clamp_logit_scale(self.towers)
-        progress.step, progress.stage_step = progress.step + 1, progress.stage_step + 1
-        progress.schedule_step += 1
-        world_pairs = pairs * self.ranks.count
-        self.train_outputs = {
-            "loss": self._mean_loss,
-            "logit_scale": float(self.towers.logit_scale.detach().exp()),
-            "lr": {group["name"]: group["lr"] for group in optimizer.param_groups},
-            "grad_norm": norm,
-            "pairs": world_pairs,
-            "cut": sum(batch.cut for batch in inputs),
-        }
-        self.log_buffer.update({"loss": self._mean_loss, "logit_scale": self.train_outputs["logit_scale"]})
-        self.log_buffer.output["lr"] = rate
-
-    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        pixels = kept = None
-        if self.cache is not None:
-            kept = self.cache(batch.rows, batch.views).to(self.device, non_blocking=True)
-        else:
-            pixels = batch.pixels.to(self.device, non_blocking=True)
-        with autocast(self.device, self.precision):
-            text_ids = batch.text.to(self.device, non_blocking=True)
-            image, text, scale = model(pixels, text_ids, kept, self.cache is not None and self.cache.trunk)
-        return clip_loss(
-            image,
-            text,
-            scale,
-            image_ids=batch.image_ids,
-            text_ids=batch.text_ids,
-            label_smoothing=self.recipe.get("train.loss_cfg.label_smoothing", 0.0),
-            aggregate=self.recipe.get("train.loss_cfg.aggregate", True),
-        )
-
-    def _agree(self, loss: float) -> None:
-        """What all ranks must know before they step: the mean loss, and whether one of them has to stop."""
-        finite = math.isfinite(loss)
-        total, lost, stop, untold = self.ranks.sum(
-            [loss if finite else 0.0, float(not finite), float(self._sigterm), float(self.broken.untold)]
-        )
-        if lost:
-            good = checkpointing.newest(self.work_dir)
-            raise TrainingError(
-                f"the loss is {loss} at step {self.progress.step + 1} ({self.stage.name}); "
-                f"{f'the last good checkpoint is {good}' if good else 'there is no checkpoint yet'}. "
-                "A lower lr, more warm-up or precision fp32 may help"
-            )
-        self._mean_loss, self.interrupted = total / self.ranks.count, bool(stop)
-        if untold:
-            self._share_broken()
-
-    def _share_broken(self) -> None:
+    def share_broken(self) -> None:
+        """Tell all ranks which pictures are broken. Raises DataError when there are too many."""
         self.broken.share(self.ranks)
         self.progress.bad = sorted(self.broken.pairs)
 
     # ------------------------------------------------------------------ evaluation and output
 
-    def evaluate(self, checkpoint_path: str | None = None, saving_fn: Any = None, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, checkpoint_path: str | None = None, saving_fn: Any = None) -> dict[str, float]:
         """Recall over the whole evaluation pool, and whatever other metrics are configured.
 
         Args:
@@ -461,6 +397,7 @@ class CnclipTrainer(EpochBasedTrainer):
             self._load_weights(checkpoint_path)
         self._mode = ModeKeys.EVAL
         self.invoke_hook(TrainerStages.before_val)
+        self.ranks.share_buffers(self.towers)
         self._metric_values = self.new_metrics = evaluation.evaluate(self, saving_fn)
         self.invoke_hook(TrainerStages.after_val)
         self._mode = ModeKeys.TRAIN
@@ -499,38 +436,10 @@ class CnclipTrainer(EpochBasedTrainer):
 
     def data_identity(self) -> str:
         """Says whether the training data is still the same, from its length and a thousand pairs."""
-        import hashlib
-
         data, digest = self.train_dataset, hashlib.sha256()
         for i in sorted({len(data) * k // 1000 for k in range(1000)}):
             digest.update(repr((data.image_id(i), data.texts(i))).encode("utf-8", "surrogatepass"))
         return f"{len(data)} pairs {digest.hexdigest()[:16]}"
-
-    def hook_states(self) -> dict[str, Any]:
-        return {type(hook).__name__: state for hook in self.hooks if (state := hook.state_dict())}
-
-    def load_hook_states(self, states: dict[str, Any]) -> None:
-        for hook in self.hooks:
-            if type(hook).__name__ in states:
-                hook.load_state_dict(states[type(hook).__name__])
-
-    @contextlib.contextmanager
-    def _catching_sigterm(self) -> Iterator[None]:
-        """SIGTERM lets the step finish and a checkpoint be written. Only the main thread may ask for signals."""
-        self._sigterm = False
-
-        def handle(*_: Any) -> None:
-            self._sigterm = True
-
-        try:
-            before = signal.signal(signal.SIGTERM, handle)
-        except ValueError:
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _timeout(cfg_file: str) -> float:
