@@ -48,7 +48,9 @@ setup(
         "modelscope_cnclip.configuration": "configuration",
         "modelscope_cnclip.trainers": "trainers",
     },
-    package_data={"modelscope_cnclip.configuration": ["*.json", "towers/*.json", "recipes/*.json", "vocab/*"]},
+    package_data={
+        "modelscope_cnclip.configuration": ["*.json", "towers/*.json", "recipes/*.json", "tiny/*", "vocab/*"],
+    },
     install_requires=[
         "modelscope[datasets]>=1.40",
         "torch>=2.6",

@@ -1,6 +1,6 @@
-"""Twelve real pictures and their Chinese captions through ModelScope's pipeline: a table of cosines.
+"""Chinese queries find pictures, and photographs get Chinese labels: a minute with a model that ships.
 
-python examples/quickstart.py                # 'tiny': freshly initialised today, so the scores mean nothing yet
+python examples/quickstart.py                # 'tiny', which is in the package
 python examples/quickstart.py MODEL          # a Hub id or a folder, for example
                                              # damo/multi-modal_clip-vit-base-patch16_zh
 """
@@ -14,27 +14,36 @@ from modelscope.utils.constant import Tasks
 import modelscope_cnclip  # noqa: F401 - registers the models and pipelines
 from modelscope_cnclip.checkpoint import locate
 
-PICTURES = Path(__file__).parent / "pictures"
+HERE = Path(__file__).parent
+QUERIES = ("一只可爱的小狗", "水果", "下雪的冬天", "去旅行的交通工具", "音乐")
+LABELS = ("猫", "狗", "一杯咖啡", "火箭", "汽车", "花", "山", "书")
 
 
 def main(model: str = "tiny") -> None:
-    lines = (PICTURES / "captions.tsv").read_text(encoding="utf-8").splitlines()
-    names, captions = zip(*(line.split("\t") for line in lines))
+    pictures = sorted([*(HERE / "pictures").glob("*.png"), *(HERE / "gallery").glob("*.png")])
+    photographs = sorted((HERE / "gallery").glob("photo-*.jpg"))
 
     pipe = pipeline(Tasks.multi_modal_embedding, model=str(locate(model)))
-    found = pipe({"img": [str(PICTURES / name) for name in names], "text": list(captions)})
+    found = pipe({"img": [str(path) for path in pictures], "text": list(QUERIES)})
     scores = found["text_embedding"] @ found["img_embedding"].T
 
-    print("\ncosine of each caption (row) and picture (column); * marks each row's best\n")
-    print(" " * 8 + "".join(f"{name.removesuffix('.png')[:6]:>7}" for name in names) + "   caption")
-    for caption, row in zip(captions, scores):
-        cells = (f"{score:>6.2f}{'*' if i == row.argmax() else ' '}" for i, score in enumerate(row))
-        print(" " * 8 + "".join(cells) + f"   {caption}")
-    hits = sum(row.argmax() == i for i, row in enumerate(scores))
-    print(f"\n{hits} of {len(captions)} captions find their picture first (chance: 1).")
-    if model == "tiny":
-        print("'tiny' is freshly initialised and was never trained: these scores mean nothing yet.")
-        print("tiny 是随机初始化、未经训练的模型: 上面的分数目前没有任何意义。")
+    print(f"\n{len(QUERIES)} queries, the best three of {len(pictures)} pictures:\n")
+    for query, row in zip(QUERIES, scores):
+        best = ", ".join(f"{pictures[i].stem} {row[i]:.2f}" for i in row.argsort()[:-4:-1])
+        print(f"  {query}{'　' * (10 - len(query))}{best}")
+
+    found = pipe({"img": [str(path) for path in photographs], "text": list(LABELS)})
+    scale = 1 / pipe.model.temperature.item()
+    logits = scale * found["img_embedding"] @ found["text_embedding"].T
+    print(f"\n{len(photographs)} photographs, zero-shot among {', '.join(LABELS)}:\n")
+    for path, row in zip(photographs, logits):
+        shares = sorted(zip(softmax(row), LABELS), reverse=True)[:3]
+        print(f"  {path.name:<18}" + ", ".join(f"{label} {share:.0%}" for share, label in shares))
+
+
+def softmax(row):
+    powers = [2.718281828 ** (value - max(row)) for value in row]
+    return [power / sum(powers) for power in powers]
 
 
 if __name__ == "__main__":

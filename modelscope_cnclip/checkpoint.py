@@ -19,7 +19,6 @@ import pickle
 import re
 import zipfile
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,8 +35,6 @@ Layout = Literal["modelscope", "cn_clip", "transformers"]
 Weights = Literal["bin", "safetensors", "both"]
 LAYOUTS: tuple[Layout, ...] = ("modelscope", "cn_clip", "transformers")
 
-
-UNTRAINED = 1  # version of the stand-in for 'tiny'; count up when its shapes change
 
 _POOLER = "bert.pooler."
 _POSITIONS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
@@ -133,21 +130,8 @@ def locate(model: str | Path, *, revision: str | None = None) -> Path:
         CheckpointError, hub.HubError: there is no such model; the text says where was looked.
     """
     if model == "tiny":
-        return _untrained_tiny()
+        return layouts.tiny()
     return hub.locate(model, revision=revision)
-
-
-@cache
-def _untrained_tiny() -> Path:
-    """A freshly initialised model, always the same, for trying things out before a trained one ships."""
-    folder = hub.cache_folder() / f"tiny-untrained-{UNTRAINED}"
-    if not (folder / CARD).exists():  # the last file that write() makes
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = ChineseCLIP(TowerConfig.named("tiny"))
-        write(Checkpoint.of(model, layouts.default_vocab()), folder, weights="safetensors")
-    logger.warning("'tiny' is freshly initialised and not trained: everything works, but its scores mean nothing yet")
-    return folder
 
 
 def read(path: str | Path) -> Checkpoint:

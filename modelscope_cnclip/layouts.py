@@ -34,6 +34,11 @@ def default_vocab() -> Path:
     return Path(str(files("modelscope_cnclip.configuration") / "vocab" / "chinese_bert.txt"))
 
 
+def tiny() -> Path:
+    """The small checkpoint that ships: trained, and what its README.md says of it."""
+    return Path(str(files("modelscope_cnclip.configuration") / "tiny"))
+
+
 def configuration(config: TowerConfig) -> dict[str, Any]:
     """``configuration.json`` for a folder of ours.
 
@@ -48,10 +53,11 @@ def configuration(config: TowerConfig) -> dict[str, Any]:
     return values
 
 
-def model_card(config: TowerConfig, notes: str = "") -> str:
+def model_card(config: TowerConfig, notes: str = "", licence: str = "") -> str:
     """README.md with the front matter that ModelScope reads. ``notes`` goes under the title."""
     kind = config.vision_timm or ("ResNet" if config.is_resnet else f"ViT, patch {config.vision_patch_size}")
     layers = config.vision_layers if config.vision_timm is None else "its own"
+    terms = f"license: {licence}\n" if licence else ""
     return f"""---
 tasks:
 - multi-modal-embedding
@@ -60,7 +66,7 @@ language:
 tags:
 - chinese-clip
 - CLIP
----
+{terms}---
 # Chinese CLIP: {kind} + BERT of {config.text_num_hidden_layers} layers
 {notes}
 | | |

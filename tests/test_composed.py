@@ -35,7 +35,7 @@ TEXT = torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]])
 @pytest.fixture(autouse=True)
 def small_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     """CLIP's base ViT with fewer numbers."""
-    monkeypatch.setattr(composed, "_CLIP_SHAPES", {"base": (64, 2, 32)})
+    monkeypatch.setattr(composed, "_CLIP_SHAPES", {"base": (64, 2, 64)})
 
 
 def write_bert(folder: Path, model: nn.Module, vocab: bool = True) -> Path:
@@ -59,7 +59,7 @@ def clip_vit(resolution: int = 64, classes: int = 512, seed: int = 4) -> VisionT
     """What timm makes of CLIP's name, at the small size."""
     torch.manual_seed(seed)
     tower = VisionTransformer(
-        img_size=resolution, patch_size=16, embed_dim=64, depth=2, num_heads=2, pre_norm=True, norm_layer=nn.LayerNorm,
+        img_size=resolution, patch_size=16, embed_dim=64, depth=2, num_heads=1, pre_norm=True, norm_layer=nn.LayerNorm,
         act_layer="quick_gelu", num_classes=classes,
     )  # fmt: skip
     return randomised(tower)

@@ -32,6 +32,7 @@ print(json.dumps({
     "towers": [name for name in configured_towers() if TowerConfig.named(name)],
     "vocab": (data / "vocab" / "chinese_bert.txt").read_text(encoding="utf-8").count("\\n"),
     "configuration": json.loads((data / "configuration.json").read_text())["task"],
+    "tiny": len(modelscope_cnclip.Encoder.from_pretrained("tiny").encode_text("一只猫")[0]),
     "plugins": [plugin.__module__ for plugin in plugins],
 }))
 """
@@ -57,9 +58,12 @@ def test_the_wheel_holds_everything_and_works_elsewhere(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     inside = {name.removeprefix("modelscope_cnclip/") for name in names if name.startswith("modelscope_cnclip/")}
     shipped = {f"configuration/towers/{file.name}" for file in (ROOT / "configuration" / "towers").glob("*.json")}
+    shipped |= {f"configuration/recipes/{file.name}" for file in (ROOT / "configuration" / "recipes").glob("*.json")}
+    shipped |= {f"configuration/tiny/{file.name}" for file in (ROOT / "configuration" / "tiny").iterdir()}
     shipped |= {f"trainers/{file.name}" for file in (ROOT / "trainers").glob("*.py")}
     shipped |= {file.name for file in (ROOT / "modelscope_cnclip").glob("*.py")}
     assert {"trainers/__init__.py", "configuration/towers/vit-b-16.json", "encoder.py"} <= shipped
+    assert {"configuration/recipes/two_stage.json", "configuration/tiny/model.safetensors"} <= shipped
     assert shipped | {"configuration/configuration.json", "configuration/vocab/chinese_bert.txt"} <= inside
     assert {Path(name).name for name in names if ".dist-info/licenses/" in name} >= {"LICENSE", "NOTICE"}
     tops = {name.split("/")[0] for name in names}
@@ -83,6 +87,7 @@ def test_the_wheel_holds_everything_and_works_elsewhere(tmp_path: Path) -> None:
     assert len(found["towers"]) >= 6
     assert found["vocab"] in (21127, 21128)  # with or without a line break at the end
     assert found["configuration"] == "multi-modal-embedding"
+    assert found["tiny"] == 256
     assert found["plugins"] == ["modelscope_cnclip.cli"]
     cnclip = shutil.which("cnclip", path=str(python.parent))
     assert cnclip is not None

@@ -159,6 +159,7 @@ def _compute(
         features[mine[positions]] = vectors
         done[positions] = True
     features.flush()
+    del features  # Windows renames no file that is open
     missing = {int(row // views): _source(pairs, int(firsts[row // views])) for row in mine[~done]}
     broken = {row: source for part_of in ranks.gather(missing) for row, source in part_of.items()}
     if ranks.first:

@@ -132,6 +132,6 @@ def set_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str,
             for key, value in state.get(name, {}).items():
                 if value.shape == parameter.shape:  # in the parameter's own memory format, as the fused kernels want it
                     value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-                elif group.get("fused"):  # which counts its steps where the parameters are
-                    value = value.to(parameter.device)
+                else:  # the count of steps, which fused kernels want where the parameters are
+                    value = value.to(parameter.device if group.get("fused") else value.device, copy=True)
                 optimizer.state[parameter][key] = value

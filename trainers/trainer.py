@@ -304,11 +304,11 @@ class CnclipTrainer(EpochBasedTrainer):
         limit = self.recipe.get("data.max_bad_fraction", BAD)
         self.broken = Broken(progress.bad, len(self.train_dataset), limit, self.logger.warning)
         self.invoke_hook(TrainerStages.before_run)
-        if saved is not None:
-            checkpointing.restore_rest(self, saved)
         self._iter, self._epoch = progress.step, progress.epoch
         if progress.stage == len(self.recipe.stages):
             self.logger.info(f"this run is over: {progress.step} steps in {self.work_dir}")
+        elif saved is not None:
+            checkpointing.restore_rest(self, saved)
         while progress.stage < len(self.recipe.stages):
             self.end_pass = False
             two_stage.set_modes(self.towers)
