@@ -44,9 +44,9 @@ vocabulary of {pieces:,} pieces.
 
 {stages}
 
-One seed ({seed}). Settings were chosen on the val sets, with one exception: the last stage and its stronger augmentation were
-added after the first two stages' figure on openmoji had been seen (R@1 20.6). It was planned for 16 passes and cut to 12
-while it ran, which changed its learning rates once.
+One seed ({seed}). Settings were chosen on the val sets, with one exception: the last stage and its stronger
+augmentation were added after the first two stages' figure on openmoji had been seen (R@1 20.6). It was planned for 16
+passes and cut to 12 while it ran, which changed its learning rates once.
 
 ## What it finds
 
