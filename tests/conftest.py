@@ -11,6 +11,7 @@ os.environ.setdefault("MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS", "1")
 # cores, each layer of a tiny model then takes milliseconds: a text of 1 ms took 160.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,29 @@ def encoder(model_folder: Path) -> Encoder:
 def pictures() -> list[Path]:
     """The twelve real pictures of ``examples/pictures``."""
     return sorted(PICTURES.glob("*.png"))
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[dict[str, str]]:
+    """Twelve real pairs."""
+    lines = (PICTURES / "captions.tsv").read_text(encoding="utf-8").splitlines()
+    return [{"image": str(PICTURES / name), "text": text} for name, text in (line.split("\t") for line in lines)]
+
+
+@pytest.fixture
+def make(tmp_path: Path, make_folder: Callable[..., Path], rows: list[dict[str, str]]) -> Callable[..., Any]:
+    """A trainer over a tiny model and twelve pairs, in fp32; ``train`` is merged into the recipe's section."""
+
+    def build(work: str = "work", tower: str = "vit", *, top: dict | None = None, train: dict, **kwargs: Any) -> Any:
+        from modelscope_cnclip.trainers.trainer import CnclipTrainer
+
+        section = {"precision": "fp32", "dataloader": {"batch_size_per_gpu": 4}, "logging": {"interval": 1}} | train
+        file = tmp_path / f"{work}.json"
+        file.write_text(json.dumps({"task": "multi-modal-embedding", "train": section} | (top or {})))
+        given = {"model": str(make_folder(tower)), "train_dataset": rows} | kwargs
+        return CnclipTrainer(cfg_file=str(file), work_dir=str(tmp_path / work), **given)
+
+    return build
 
 
 @pytest.fixture

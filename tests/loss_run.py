@@ -58,7 +58,7 @@ def main(rank: int, most: int, folder: Path) -> None:
     # torch.distributed.nn, which cn_clip's module imports, keeps the group that there is when it is first imported.
     import cn_clip.training.train  # noqa: F401
 
-    cases, out = torch.load(folder / "cases.pt"), {}
+    cases, out = torch.load(folder / "cases.pt", weights_only=True), {}
     for ranks in (2, 4):
         if rank >= ranks or ranks > most:
             continue

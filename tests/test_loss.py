@@ -137,7 +137,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, dict[str, 
     ]
     said = [run.communicate(timeout=300)[1] for run in runs]
     assert [run.returncode for run in runs] == [0] * 4, "\n".join(said)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(4)]
 
 
 @pytest.mark.parametrize("count", [2, 4])

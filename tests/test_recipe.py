@@ -11,18 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelscope_cnclip.trainers.recipe import (
-    KEYS,
-    LR,
-    Plateau,
-    Recipe,
-    RecipeError,
-    Stage,
-    as_dict,
-    locate_recipe,
-    read_recipe,
-    table,
-)
+from modelscope_cnclip.trainers.keys import KEYS, LR, table
+from modelscope_cnclip.trainers.recipe import Plateau, Recipe, RecipeError, Stage, locate_recipe, read_recipe
 
 ROOT = Path(__file__).parent.parent / "configuration"
 SHIPPED = sorted((ROOT / "recipes").glob("*.json"))
@@ -218,7 +208,6 @@ def test_whatever_is_given_is_taken_or_refused(values: dict[str, Any]) -> None:
         assert isinstance(one.batch_size, int)
         assert one.batch_size > 0
         assert isinstance(one.cumulative_iters, int)
-        assert json.loads(json.dumps(as_dict(one)))["name"] == one.name
 
 
 # ---------------------------------------------------------------- what is filled in

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from modelscope_cnclip import keymaps
 from modelscope_cnclip.towers import ChineseCLIP
 
-from .recipe import BETAS, Recipe, RecipeError, Stage
+from .keys import BETAS
+from .recipe import Recipe, RecipeError, Stage
 
 State = dict[str, dict[str, Tensor]]  # parameter name -> what the optimizer keeps about it
 
