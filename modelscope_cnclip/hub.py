@@ -7,7 +7,6 @@ hold. Only the files that a layout needs are fetched: the official repositories 
 from __future__ import annotations
 
 import logging
-import os
 import re
 from pathlib import Path
 
@@ -19,12 +18,6 @@ _SMALL = (".json", ".txt", ".md")
 
 class HubError(OSError):
     """A model that can't be had. The text names it and says where was looked."""
-
-
-def cache_folder() -> Path:
-    """Where this package keeps what it derives, beside ModelScope's own cache (``MODELSCOPE_CACHE``)."""
-    root = os.environ.get("MODELSCOPE_CACHE") or Path("~/.cache/modelscope").expanduser()
-    return Path(root) / "modelscope_cnclip"
 
 
 def locate(model: str | Path, *, revision: str | None = None) -> Path:

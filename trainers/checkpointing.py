@@ -262,10 +262,6 @@ class CnclipCheckpointHook(Hook):
     ) -> None:
         self.interval, self.by_epoch, self.keep = interval, by_epoch, max_checkpoint_num
         self.metric_key, self.sign = metric_key, 1 if rule == "max" else -1
-        self.last: Path | None = None
-
-    def before_run(self, trainer: CnclipTrainer) -> None:
-        self.last = newest(trainer.work_dir)
 
     def after_train_iter(self, trainer: CnclipTrainer) -> None:
         if (not self.by_epoch and trainer.progress.step % self.interval == 0) or trainer.interrupted:
@@ -280,8 +276,7 @@ class CnclipCheckpointHook(Hook):
             trainer.write_output(ModelFile.TRAIN_OUTPUT_DIR)
 
     def save(self, trainer: CnclipTrainer) -> None:
-        self.last = save(trainer, self.keep)
-        trainer.logger.info(f"checkpoint: {self.last}")
+        trainer.logger.info(f"checkpoint: {save(trainer, self.keep)}")
 
     def _best(self, trainer: CnclipTrainer) -> None:
         """Looks at each evaluation once, at the next chance to save."""
